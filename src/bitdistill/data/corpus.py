@@ -1,0 +1,251 @@
+"""General text -> uint32 token shards -> fixed-length training sequences.
+
+Documents are tokenised once. A shard folder holds ``tokens.npy`` (every document followed by the
+end-of-text token), ``documents.npy`` (the offset where each document starts, uint64) and ``meta.json``. Which part a document
+belongs to depends on its name alone, so the base's text, stage 2's text and the held-out text never mix.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoint import digest_of, file_digest, write_json
+from ..config import CorpusConfig
+from ..errors import DataError
+from . import grammar
+
+logger = logging.getLogger(__name__)
+
+Part = Literal["base", "pretrain", "heldout"]
+
+HELDOUT_SHARE = 0.01
+"""Share of the documents that no training step reads; perplexity is measured on it."""
+
+PIECE_CHARACTERS = 16_384
+"""Longer text files are cut at blank lines into documents of about this size, so that parts can share a book."""
+
+_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def part_of(document_id: str, pretrain_share: float) -> Part:
+    """The part of a document: a function of its name and the share alone."""
+    position = int.from_bytes(hashlib.sha256(document_id.encode()).digest()[:8], "big") / 2**64
+    if position >= 1 - HELDOUT_SHARE:
+        return "heldout"
+    return "pretrain" if position < pretrain_share else "base"
+
+
+def corpus_files(source: str) -> list[Path]:
+    """The files of a local corpus, sorted by name."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        return sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
+    return []
+
+
+def read_documents(config: CorpusConfig) -> Iterator[tuple[str, str]]:
+    """Yield ``(document id, text)`` of a corpus.
+
+    Raises:
+        DataError: the source does not exist, holds no text, or lacks the text column.
+    """
+    if not config.source:
+        raise DataError("corpus.source is empty: name a file, a folder, hub:NAME or grammar")
+    if config.source == "grammar":
+        yield from grammar.corpus_documents()
+        return
+    if config.source.startswith("hub:"):
+        yield from _hub_documents(config)
+        return
+    files = corpus_files(config.source)
+    if not files:
+        raise DataError(
+            f"{config.source}: no {', '.join(_SUFFIXES)} file there; check corpus.source (a hub data set is "
+            "written hub:NAME)"
+        )
+    count = 0
+    for path in files:
+        for index, text in enumerate(_file_documents(path, config.text_column)):
+            if not text.strip():
+                continue
+            yield f"{path.name}#{index}", text
+            count += 1
+            if count == config.max_documents:
+                return
+    if count == 0:
+        raise DataError(f"{config.source}: every document is empty; nothing to train on")
+
+
+def _file_documents(path: Path, column: str) -> Iterator[str]:
+    if path.suffix == ".txt":
+        yield from _pieces(path.read_text(encoding="utf-8", errors="replace"))
+    elif path.suffix == ".jsonl":
+        with path.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, start=1):
+                if line.strip():
+                    yield _row_text(_parse_row(line, f"{path}:{number}"), column, f"{path}:{number}")
+    else:
+        import pyarrow.parquet as parquet
+
+        table = parquet.ParquetFile(path)
+        if column not in table.schema_arrow.names:
+            raise DataError(
+                f"{path}: no column {column!r}; it has {', '.join(table.schema_arrow.names)}. "
+                "Set corpus.text_column."
+            )
+        for batch in table.iter_batches(columns=[column]):
+            yield from (str(value) for value in batch.column(0).to_pylist() if value)
+
+
+def _parse_row(line: str, where: str) -> dict:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON ({error.msg})") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object with a text column")
+    return row
+
+
+def _row_text(row: dict, column: str, where: str) -> str:
+    if column not in row:
+        raise DataError(
+            f"{where}: no column {column!r}; it has {', '.join(map(str, row))}. Set corpus.text_column."
+        )
+    return str(row[column])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text at blank lines into pieces of about PIECE_CHARACTERS."""
+    piece: list[str] = []
+    size = 0
+    for paragraph in text.split("\n\n"):
+        piece.append(paragraph)
+        size += len(paragraph) + 2
+        if size >= PIECE_CHARACTERS:
+            yield "\n\n".join(piece)
+            piece, size = [], 0
+    if piece:
+        yield "\n\n".join(piece)
+
+
+def _hub_documents(config: CorpusConfig) -> Iterator[tuple[str, str]]:
+    import datasets
+
+    _, name, *rest = config.source.split(":")
+    subset = rest[0] if rest and rest[0] else None
+    split = rest[1] if len(rest) > 1 else "train"
+    try:
+        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+    except Exception as error:  # datasets raises many unrelated types for "not there" and "no network"
+        raise DataError(f"corpus.source = {config.source!r}: the hub gave no data ({error})") from error
+    for index, row in enumerate(rows):
+        if config.max_documents and index == config.max_documents:
+            return
+        yield f"{name}#{index}", _row_text(row, config.text_column, config.source)
+
+
+def source_digest(config: CorpusConfig) -> str:
+    """Digest of what a corpus section reads: file contents, or the name of a hub or built-in source."""
+    files = corpus_files(config.source)
+    content = file_digest(*files) if files else config.source
+    return digest_of([content, config.text_column, config.max_documents, config.pretrain_share])
+
+
+def build_shards(
+    config: CorpusConfig, part: Part, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+) -> Path:
+    """Tokenise one part of a corpus into a shard folder under ``cache_dir``; reuse it if it is there.
+
+    Raises:
+        DataError: the part holds no document.
+    """
+    key = digest_of([source_digest(config), part, _tokenizer_digest(tokenizer)])
+    folder = cache_dir / f"{part}-{key}"
+    if (folder / "meta.json").is_file():
+        return folder
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError(
+            "the tokenizer has no end-of-text token (eos_token); documents could not be separated"
+        )
+    runs: list[np.ndarray] = []
+    starts: list[int] = []
+    total = 0
+    documents = (
+        text
+        for identifier, text in read_documents(config)
+        if part_of(identifier, config.pretrain_share) == part
+    )
+    for texts in _batches(documents, 64):
+        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            run = np.asarray([*ids, end], dtype=np.uint32)
+            starts.append(total)
+            runs.append(run)
+            total += len(run)
+    if not runs:
+        raise DataError(f"corpus.source = {config.source!r}: no document falls into the {part} part")
+    folder.mkdir(parents=True, exist_ok=True)
+    np.save(folder / "tokens.npy", np.concatenate(runs))
+    np.save(folder / "documents.npy", np.asarray(starts, dtype=np.uint64))
+    write_json(
+        folder / "meta.json",
+        {"part": part, "documents": len(starts), "tokens": total, "source": config.source},
+    )
+    logger.info("tokenised %s part: %d documents, %d tokens", part, len(starts), total)
+    return folder
+
+
+def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
+    batch: list[str] = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    return digest_of(sorted(tokenizer.get_vocab().items()))
+
+
+class PackedSequences(Dataset):
+    """Consecutive ``sequence_length`` runs of a shard folder; the last, shorter run is dropped.
+
+    Items: ``{"input_ids": int64 [T], "labels": int64 [T]}``; labels equal inputs (the loss shifts them).
+    """
+
+    def __init__(self, folder: Path, sequence_length: int) -> None:
+        self.tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+        self.sequence_length = sequence_length
+        self.num_sequences = len(self.tokens) // sequence_length
+        if self.num_sequences == 0:
+            raise DataError(
+                f"{folder}: {len(self.tokens)} tokens do not fill one sequence of {sequence_length}; "
+                "give more text or a smaller corpus.sequence_length"
+            )
+
+    def __len__(self) -> int:
+        return self.num_sequences
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        start = index * self.sequence_length
+        ids = torch.from_numpy(self.tokens[start : start + self.sequence_length].astype(np.int64))
+        return {"input_ids": ids, "labels": ids.clone()}
+
+
+def collate_packed(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Stack equal-length sequences into ``[B, T]`` tensors."""
+    return {key: torch.stack([item[key] for item in items]) for key in items[0]}

@@ -1,0 +1,22 @@
+"""The student model. Importing this package registers the student classes with transformers.
+
+This folder imports torch, transformers and its own siblings only: a copy of these files travels with
+every student checkpoint.
+"""
+
+from .families import FAMILIES, Family, find_family
+from .layers import BitLinear, SubLN, TernarySpec
+from .students import STUDENT_CLASSES, register_students
+
+register_students()
+
+__all__ = [
+    "FAMILIES",
+    "STUDENT_CLASSES",
+    "BitLinear",
+    "Family",
+    "SubLN",
+    "TernarySpec",
+    "find_family",
+    "register_students",
+]

@@ -1,0 +1,109 @@
+"""BitLinear and SubLN: the two layers that make a decoder ternary.
+
+BitLinear (b1.58):  y = Q_int8(SubLN(x)) @ Q_ternary(W).T + b, with the norm only where the student has one.
+The norm is a *child* of its linear: ``o_proj.weight`` stays where every tool expects it, and
+``o_proj.norm.weight`` is new.
+"""
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .quant import Granularity, fake_quantize_activation, fake_quantize_weight
+
+NORM_SITES = ("none", "subln", "all")
+GRANULARITIES = ("tensor", "channel", "block")
+ACTIVATION_BITS = (4, 8, 16)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TernarySpec:
+    """What makes a student ternary; stored in ``config.json`` under ``ternary``."""
+
+    norm_sites: str = "subln"
+    """``subln``: a norm before o_proj and down_proj (the paper); ``all``: before every linear (the authors'
+    code); ``none``: no new norm (the BitNet-SFT baseline)."""
+    granularity: Granularity = "tensor"
+    """Weights that share one scale: ``tensor``, ``channel`` (output row) or ``block``."""
+    block_size: int = 128
+    """Input features per scale when ``granularity`` is ``block``."""
+    activation_bits: int = 8
+    """8 (absmax INT8), 4 (absmean INT4) or 16 (activations left alone)."""
+    skip: tuple[str, ...] = ()
+    """Glob patterns of linears that stay full precision."""
+
+    def __post_init__(self) -> None:
+        for name, value, allowed in (
+            ("norm_sites", self.norm_sites, NORM_SITES),
+            ("granularity", self.granularity, GRANULARITIES),
+            ("activation_bits", self.activation_bits, ACTIVATION_BITS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"ternary.{name} = {value!r}: use one of {', '.join(map(str, allowed))}")
+        if self.block_size < 1:
+            raise ValueError(f"ternary.block_size = {self.block_size}: use a positive number of features")
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    def to_dict(self) -> dict:
+        """The form that ``config.json`` holds."""
+        return asdict(self) | {"skip": list(self.skip)}
+
+
+class SubLN(nn.Module):
+    """RMSNorm on the input of a ternary linear (BitDistill, eq. 4-5), computed in fp32.
+
+    Shapes: ``[..., dim] -> [..., dim]``, dtype kept. The gain starts at 1 unless stage 1 calibrates it.
+    """
+
+    def __init__(self, dim: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[0]}, eps={self.eps}"
+
+
+class BitLinear(nn.Linear):
+    """A linear with ternary weights and low-bit activations; latent weight and bias stay float.
+
+    Shapes: ``[..., in_features] -> [..., out_features]``. ``quant_lambda`` is the warm-up coefficient that the
+    trainer moves from 0 to 1; evaluation always uses 1, so a model is judged as it will be exported.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        bias: bool,
+        spec: TernarySpec,
+        norm_eps: float | None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        self.spec = spec
+        self.quant_lambda = 1.0
+        self.norm = SubLN(in_features, norm_eps).to(device=device) if norm_eps is not None else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        quant_lambda = self.quant_lambda if self.training else 1.0
+        if self.norm is not None:
+            x = self.norm(x)
+        if self.spec.activation_bits < 16:
+            x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda)
+        weight = fake_quantize_weight(
+            self.weight, self.spec.granularity, self.spec.block_size, quant_lambda
+        )
+        return F.linear(x, weight, self.bias)
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, scale per {self.spec.granularity}, A{self.spec.activation_bits}"
+        )

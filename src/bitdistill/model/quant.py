@@ -1,0 +1,140 @@
+"""Quantisers of the BitNet papers as pure tensor functions.
+
+Three states of a weight have three words: *latent* (the float the optimizer moves), *code* (-1, 0, +1)
+and *packed* (bytes; not here). Scales multiply: ``x ~= code * scale``. Scales and codes are computed in
+fp32 whatever the input dtype, because a mean over millions of bf16 magnitudes is not a mean.
+
+absmean weights   (b1.58, eq. 1-3)  scale = mean|W|,     code = clip(round(W / scale), -1, 1)
+absmax INT8       (b1.58, eq. 4)    scale = max|x| / 127, code = clip(round(x / scale), -128, 127)
+absmean INT4      (BitNet v2, eq. 5) scale = mean|x| / sqrt(7), code = clip(round(x / scale), -8, 7)
+
+``round`` is to nearest, ties to even: a weight of exactly half the scale becomes 0.
+"""
+
+import math
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+Granularity = Literal["tensor", "channel", "block"]
+
+# Floor of mean|W| and max|x|. The papers add an unstated epsilon; every public implementation clamps at
+# 1e-5, and an all-zero row must give zero codes rather than NaN.
+EPS = 1e-5
+
+
+def weight_scale(latent: Tensor, granularity: Granularity = "tensor", block_size: int = 128) -> Tensor:
+    """Absmean scale of a weight matrix, in fp32.
+
+    Args:
+        latent: ``[N, K]`` (out_features, in_features), any float dtype.
+        granularity: one scale for the tensor, for each output channel, or for each run of
+            ``block_size`` consecutive input features of a row. A last, shorter block has the mean of
+            what it holds.
+
+    Returns:
+        ``[1, 1]`` for ``tensor``, ``[N, 1]`` for ``channel``, ``[N, ceil(K / block_size)]`` for ``block``.
+    """
+    magnitude = latent.float().abs()
+    if granularity == "tensor":
+        return magnitude.mean().clamp(min=EPS).reshape(1, 1)
+    if granularity == "channel":
+        return magnitude.mean(dim=1, keepdim=True).clamp(min=EPS)
+    if granularity == "block":
+        rows, columns = latent.shape
+        blocks = math.ceil(columns / block_size)
+        padded = F.pad(magnitude, (0, blocks * block_size - columns))
+        sums = padded.view(rows, blocks, block_size).sum(dim=2)
+        sizes = torch.full((blocks,), float(block_size), device=latent.device)
+        sizes[-1] = columns - (blocks - 1) * block_size
+        return (sums / sizes).clamp(min=EPS)
+    raise ValueError(f"granularity {granularity!r} is not one of tensor, channel, block")
+
+
+def expand_scale(scale: Tensor, in_features: int, block_size: int) -> Tensor:
+    """Broadcast a weight scale so that it multiplies a ``[N, K]`` code matrix elementwise."""
+    if scale.shape[1] == 1:
+        return scale
+    return scale.repeat_interleave(block_size, dim=1)[:, :in_features]
+
+
+def ternarize(
+    latent: Tensor, granularity: Granularity = "tensor", block_size: int = 128
+) -> tuple[Tensor, Tensor]:
+    """Absmean ternary codes of a weight matrix (b1.58, eq. 1-3).
+
+    Returns:
+        code ``[N, K]`` fp32 holding -1, 0 or +1, and the scale as ``weight_scale`` shapes it.
+    """
+    scale = weight_scale(latent, granularity, block_size)
+    code = (latent.float() / expand_scale(scale, latent.shape[1], block_size)).round().clamp(-1, 1)
+    return code, scale
+
+
+def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmax INT8 codes per token, that is per row of the last axis (b1.58, eq. 4).
+
+    Returns:
+        code, shaped like ``x``, fp32 integers in [-127, 127] (-128 is in the clip range but absmax
+        never reaches it), and scale ``[..., 1]``.
+    """
+    x = x.float()
+    scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / 127
+    return (x / scale).round().clamp(-128, 127), scale
+
+
+def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Absmean INT4 codes per token (BitNet v2, eq. 5); fp32 integers in [-8, 7] and scale ``[..., 1]``."""
+    x = x.float()
+    scale = x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS) / math.sqrt(7)
+    return (x / scale).round().clamp(-8, 7), scale
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, quantized: Tensor) -> Tensor:  # noqa: ARG004
+        return quantized
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+        return grad, None
+
+
+def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
+    """``quantized`` in the forward pass, bit for bit; the identity for ``x`` in the backward pass.
+
+    The usual ``x + (quantized - x).detach()`` has the same gradient but rounds: its forward value is not
+    exactly ``code * scale``, so what is trained would not be what is exported.
+    """
+    return _StraightThrough.apply(x, quantized)  # type: ignore[no-any-return]
+
+
+def fake_quantize_weight(
+    latent: Tensor,
+    granularity: Granularity = "tensor",
+    block_size: int = 128,
+    quant_lambda: float = 1.0,
+) -> Tensor:
+    """``code * scale`` of a latent weight ``[N, K]``, straight-through, in the latent's dtype.
+
+    ``quant_lambda`` below 1 mixes, ``(1 - lambda) * W + lambda * code * scale``: the warm-up of the
+    Hugging Face 1.58-bit recipe. At 1 the result is exactly ``code * scale``.
+    """
+    with torch.no_grad():
+        code, scale = ternarize(latent, granularity, block_size)
+        quantized = (code * expand_scale(scale, latent.shape[1], block_size)).to(latent.dtype)
+        if quant_lambda != 1.0:
+            quantized = torch.lerp(latent, quantized, quant_lambda)
+    return straight_through(latent, quantized)
+
+
+def fake_quantize_activation(x: Tensor, bits: int = 8, quant_lambda: float = 1.0) -> Tensor:
+    """``code * scale`` of activations ``[..., K]``, per token, straight-through, in the input's dtype."""
+    with torch.no_grad():
+        code, scale = quantize_int8(x) if bits == 8 else quantize_int4(x)
+        quantized = (code * scale).to(x.dtype)
+        if quant_lambda != 1.0:
+            quantized = torch.lerp(x, quantized, quant_lambda)
+    return straight_through(x, quantized)

@@ -1,0 +1,142 @@
+"""Recipes: TOML in, frozen dataclasses, JSON out.
+
+A recipe is one TOML file with a section per step of the method. Unknown keys and impossible values are
+errors that name the key, the value and the remedy.
+"""
+
+import dataclasses
+import difflib
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+from .config import Recipe
+from .errors import ConfigError
+
+DISTILL_PRESETS: dict[str, dict[str, Any]] = {
+    "default": {},
+    # Paper eq. 8-13: scaled dot product on the model's own heads, no tau^2; classification weights.
+    "paper": {
+        "lambda_logits": 10.0,
+        "gamma_relation": 1e5,
+        "temperature": 5.0,
+        "tau_squared": False,
+        "relation_form": "scaled_dot",
+        "relation_heads": 0,
+        "relation_mask": "none",
+    },
+    # The authors' code: cosine over 32 relation heads after RoPE, no mask, tau^2, every real token. Their loss is
+    # divided by the number of heads once more than a mean over rows, hence gamma = 1e5 / 32, and sums Q, K, V.
+    "authors": {
+        "lambda_logits": 10.0,
+        "gamma_relation": 3125.0,
+        "temperature": 5.0,
+        "tau_squared": True,
+        "kd_tokens": "all",
+        "relation_form": "cosine",
+        "relation_heads": 32,
+        "relation_mask": "none",
+    },
+}
+"""Values that ``distill.preset`` starts from; keys written in the recipe win."""
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Plain nested dict of a config, as JSON stores it."""
+    return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+    """Read a TOML recipe and apply ``section.key=value`` overrides.
+
+    Raises:
+        ConfigError: the file is missing or not TOML, or holds an unknown key or an impossible value.
+    """
+    path = Path(path)
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the recipe ({error.strerror}); check the path") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    document.setdefault("name", path.stem)
+    return build_recipe(document, overrides)
+
+
+def build_recipe(document: dict[str, Any], overrides: typing.Sequence[str] = ()) -> Recipe:
+    """A ``Recipe`` from a nested dict and ``section.key=value`` overrides."""
+    document = {
+        key: dict(value) if isinstance(value, dict) else value for key, value in document.items()
+    }
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            raise ConfigError(f"--set {override}: write section.key=value, for example sft.epochs=3")
+        section, _, name = key.strip().rpartition(".")
+        if section and not isinstance(document.setdefault(section, {}), dict):
+            raise ConfigError(f"--set {override}: {section} is not a section")
+        target = document[section] if section else document
+        target[name] = _parse_value(text.strip())
+    distill = document.get("distill")
+    if isinstance(distill, dict):
+        preset = distill.pop("preset", "default")
+        if preset not in DISTILL_PRESETS:
+            raise ConfigError(f"distill.preset = {preset!r}: use one of {', '.join(DISTILL_PRESETS)}")
+        document["distill"] = DISTILL_PRESETS[preset] | distill
+    return typing.cast("Recipe", _build(Recipe, document, prefix=""))
+
+
+def _parse_value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _build(cls: type, values: dict[str, Any], prefix: str) -> Any:
+    hints = typing.get_type_hints(cls)
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise ConfigError(
+                f"{prefix}{key}: unknown key; known here: {', '.join(sorted(known))}"
+                + _suggestion(key, known)
+            )
+    return cls(**{key: _coerce(value, hints[key], f"{prefix}{key}") for key, value in values.items()})
+
+
+def _suggestion(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    return f". Did you mean {close[0]}?" if close else ""
+
+
+def _coerce(value: Any, hint: Any, key: str) -> Any:
+    """Bring a TOML value to the field's type, or say what the field takes."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _coerce(value, next(a for a in typing.get_args(hint) if a is not type(None)), key)
+    if dataclasses.is_dataclass(hint):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key} = {value!r}: this is a section; write [{key}] with keys below it")
+        return _build(typing.cast("type", hint), value, f"{key}.")
+    if origin is Literal:
+        allowed = typing.get_args(hint)
+        if value not in allowed or isinstance(value, bool):
+            raise ConfigError(f"{key} = {value!r}: use one of {', '.join(map(str, allowed))}")
+        return value
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            raise ConfigError(f"{key} = {value!r}: write a list, for example [1, 2]")
+        return tuple(_coerce(item, typing.get_args(hint)[0], key) for item in value)
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is int and isinstance(value, float) and value.is_integer():
+        return int(value)
+    if type(value) is not hint:
+        raise ConfigError(f"{key} = {value!r}: expected a value of type {hint.__name__}")
+    return value

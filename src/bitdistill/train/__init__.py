@@ -1,0 +1,1 @@
+"""The three stages, the baselines, and what they are made of."""

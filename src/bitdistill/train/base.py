@@ -1,0 +1,88 @@
+"""A Qwen3-architecture base made from scratch: tokenizer, random weights, full-precision pre-training.
+
+For machines and tests without a trained checkpoint at hand; the three stages treat the result like any model.
+"""
+
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+
+from ..config import BaseConfig, Recipe
+from ..data.corpus import part_of, read_documents, source_digest
+from ..errors import ConfigError
+from ..recipe import to_dict
+from .loading import save_model
+from .stage2_pretrain import train_on_corpus
+from .step import run_step
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def run(recipe: Recipe, output_dir: Path) -> Path:
+    """Make and pre-train the ``[base]`` of a recipe; returns its checkpoint."""
+    config = recipe.base
+    if config is None:
+        raise ConfigError("this recipe has no [base] section: set model.source to the model to convert")
+    blank = run_step(
+        output_dir.with_name(f"{output_dir.name}-blank"),
+        {
+            "stage": "base",
+            "seed": recipe.seed,
+            "base": to_dict(config),
+            "corpus_digest": source_digest(recipe.corpus),
+        },
+        lambda folder: _make_blank(recipe, config, folder),
+    )
+    return train_on_corpus(recipe, config, "base", blank, output_dir)
+
+
+def _make_blank(recipe: Recipe, config: BaseConfig, folder: Path) -> dict:
+    """Train the tokenizer, draw the weights, save both."""
+    tokenizer = train_tokenizer(recipe, config.vocab_size)
+    set_seed(recipe.seed)
+    model = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer),
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            num_key_value_heads=config.num_key_value_heads,
+            head_dim=config.head_dim,
+            tie_word_embeddings=config.tie_word_embeddings,
+            max_position_embeddings=2048,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            dtype=torch.float32,
+        )
+    )
+    save_model(model, tokenizer, folder)
+    embedding = model.get_input_embeddings().weight.numel()
+    total = sum(p.numel() for p in model.parameters())
+    return {"parameters": total, "non_embedding_parameters": total - embedding}
+
+
+def train_tokenizer(recipe: Recipe, vocab_size: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the base part of the corpus."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    share = recipe.corpus.pretrain_share
+    texts = (
+        text for identifier, text in read_documents(recipe.corpus) if part_of(identifier, share) == "base"
+    )
+    tokenizer.train_from_iterator(
+        texts,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END_OF_TEXT, "<|pad|>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token="<|pad|>"
+    )

@@ -1,0 +1,63 @@
+"""Stage 2, continued pre-training (BitDistill, eq. 7): plain language modelling on general text.
+
+The same step trains a refined student, a full-precision control (FP16-CT), and a base made from scratch.
+"""
+
+from pathlib import Path
+
+from ..checkpoint import checkpoint_digest
+from ..config import BaseConfig, PretrainConfig, Recipe
+from ..data.corpus import PackedSequences, Part, build_shards, collate_packed, source_digest
+from ..recipe import to_dict
+from .loading import load_model, load_tokenizer, save_model
+from .objective import LanguageModelling
+from .step import num_processes, run_step
+from .trainer import fit, steps_for_tokens
+
+
+def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
+    """Continue the pre-training of ``source`` on the stage-2 part of the corpus; returns the new checkpoint."""
+    return train_on_corpus(recipe, recipe.pretrain, "pretrain", source, output_dir)
+
+
+def train_on_corpus(
+    recipe: Recipe,
+    config: PretrainConfig | BaseConfig,
+    part: Part,
+    source: str | Path,
+    output_dir: Path,
+) -> Path:
+    """Language modelling of ``source`` on one part of the corpus, for ``config.tokens`` tokens."""
+    settings = {
+        "stage": "stage2_pretrain",
+        "part": part,
+        "seed": recipe.seed,
+        "training": to_dict(config),
+        "corpus": to_dict(recipe.corpus),
+        "corpus_digest": source_digest(recipe.corpus),
+        "source": checkpoint_digest(source),
+    }
+
+    def work(folder: Path) -> dict:
+        tokenizer = load_tokenizer(source, recipe.model.revision)
+        model = load_model(source, recipe.model.revision)
+        shards = build_shards(recipe.corpus, part, tokenizer, recipe.run_dir / "shards")
+        dataset = PackedSequences(shards, recipe.corpus.sequence_length)
+        steps = steps_for_tokens(
+            config, config.tokens, recipe.corpus.sequence_length, num_processes()
+        )
+        metrics = fit(
+            LanguageModelling(model),
+            dataset,
+            collate_packed,
+            config,
+            steps=steps,
+            seed=recipe.seed,
+            work_dir=folder,
+            tokenizer=tokenizer,
+            title=output_dir.name,
+        )
+        save_model(model, tokenizer, folder)
+        return metrics | {"corpus_tokens": len(dataset) * recipe.corpus.sequence_length}
+
+    return run_step(output_dir, settings, work)
