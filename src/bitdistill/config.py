@@ -104,9 +104,7 @@ class TaskConfig:
             "use a share in (0, 1)",
         )
         _check(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "use at least 1")
-        _check(
-            len(self.labels) != 1, "task.labels", self.labels, "give two labels or more, or none at all"
-        )
+        _check(len(self.labels) != 1, "task.labels", self.labels, "give two labels or more, or none at all")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,9 +149,7 @@ class TrainingConfig:
             "use a positive number",
         )
         for key in ("batch_size", "gradient_accumulation_steps", "save_every", "log_every"):
-            _check(
-                getattr(self, key) >= 1, f"{section}.{key}", getattr(self, key), "use a whole number >= 1"
-            )
+            _check(getattr(self, key) >= 1, f"{section}.{key}", getattr(self, key), "use a whole number >= 1")
         for key in ("warmup_ratio", "quant_warmup_ratio"):
             _check(
                 0 <= getattr(self, key) <= 1,
@@ -197,9 +193,7 @@ class BaseConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
-            self.tokens >= 1, "base.tokens", self.tokens, "give a positive training budget in tokens"
-        )
+        _check(self.tokens >= 1, "base.tokens", self.tokens, "give a positive training budget in tokens")
         _check(
             self.vocab_size >= 260,
             "base.vocab_size",
@@ -214,9 +208,7 @@ class BaseConfig(TrainingConfig):
             "num_key_value_heads",
             "head_dim",
         ):
-            _check(
-                getattr(self, key) >= 1, f"base.{key}", getattr(self, key), "use a whole number >= 1"
-            )
+            _check(getattr(self, key) >= 1, f"base.{key}", getattr(self, key), "use a whole number >= 1")
         _check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "base.num_key_value_heads",
@@ -269,9 +261,7 @@ class PretrainConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _check(
-            self.tokens >= 1, "pretrain.tokens", self.tokens, "give a positive training budget in tokens"
-        )
+        _check(self.tokens >= 1, "pretrain.tokens", self.tokens, "give a positive training budget in tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -399,6 +389,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         _check(bool(self.name.strip()), "name", self.name, "give the run a name")
+        _check(0 <= self.seed < 2**32, "seed", self.seed, "use a whole number from 0 to 2^32 - 1")
         _check(
             not (self.model.source and self.base),
             "model.source",

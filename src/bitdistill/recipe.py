@@ -7,6 +7,7 @@ errors that name the key, the value and the remedy.
 import dataclasses
 import difflib
 import json
+import math
 import tomllib
 import types
 import typing
@@ -68,9 +69,7 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
 
 def build_recipe(document: dict[str, Any], overrides: typing.Sequence[str] = ()) -> Recipe:
     """A ``Recipe`` from a nested dict and ``section.key=value`` overrides."""
-    document = {
-        key: dict(value) if isinstance(value, dict) else value for key, value in document.items()
-    }
+    document = {key: dict(value) if isinstance(value, dict) else value for key, value in document.items()}
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
@@ -83,7 +82,7 @@ def build_recipe(document: dict[str, Any], overrides: typing.Sequence[str] = ())
     distill = document.get("distill")
     if isinstance(distill, dict):
         preset = distill.pop("preset", "default")
-        if preset not in DISTILL_PRESETS:
+        if not isinstance(preset, str) or preset not in DISTILL_PRESETS:
             raise ConfigError(f"distill.preset = {preset!r}: use one of {', '.join(DISTILL_PRESETS)}")
         document["distill"] = DISTILL_PRESETS[preset] | distill
     return typing.cast("Recipe", _build(Recipe, document, prefix=""))
@@ -128,7 +127,7 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         allowed = typing.get_args(hint)
         if value not in allowed or isinstance(value, bool):
             raise ConfigError(f"{key} = {value!r}: use one of {', '.join(map(str, allowed))}")
-        return value
+        return allowed[allowed.index(value)]
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise ConfigError(f"{key} = {value!r}: write a list, for example [1, 2]")
@@ -139,4 +138,6 @@ def _coerce(value: Any, hint: Any, key: str) -> Any:
         return int(value)
     if type(value) is not hint:
         raise ConfigError(f"{key} = {value!r}: expected a value of type {hint.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{key} = {value!r}: use a finite number")
     return value

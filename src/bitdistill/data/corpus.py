@@ -1,8 +1,9 @@
 """General text -> uint32 token shards -> fixed-length training sequences.
 
-Documents are tokenised once. A shard folder holds ``tokens.npy`` (every document followed by the
-end-of-text token), ``documents.npy`` (the offset where each document starts, uint64) and ``meta.json``. Which part a document
-belongs to depends on its name alone, so the base's text, stage 2's text and the held-out text never mix.
+Documents are tokenised once. A shard folder holds ``tokens.npy`` (uint32, every document followed by the
+end-of-text token), ``documents.npy`` (uint64, the offset where each document starts) and ``meta.json``. Which
+part a document belongs to depends on its name alone, so the base's text, stage 2's text and the held-out text
+never mix.
 """
 
 import hashlib

@@ -98,12 +98,8 @@ class BitLinear(nn.Linear):
             x = self.norm(x)
         if self.spec.activation_bits < 16:
             x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda)
-        weight = fake_quantize_weight(
-            self.weight, self.spec.granularity, self.spec.block_size, quant_lambda
-        )
+        weight = fake_quantize_weight(self.weight, self.spec.granularity, self.spec.block_size, quant_lambda)
         return F.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, scale per {self.spec.granularity}, A{self.spec.activation_bits}"
-        )
+        return f"{super().extra_repr()}, scale per {self.spec.granularity}, A{self.spec.activation_bits}"

@@ -12,7 +12,7 @@ absmean INT4      (BitNet v2, eq. 5) scale = mean|x| / sqrt(7), code = clip(roun
 """
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -94,11 +94,11 @@ def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
 
 class _StraightThrough(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, quantized: Tensor) -> Tensor:  # noqa: ARG004
+    def forward(ctx: Any, x: Tensor, quantized: Tensor) -> Tensor:  # noqa: ARG004
         return quantized
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # noqa: ARG004
         return grad, None
 
 

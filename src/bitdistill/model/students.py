@@ -7,6 +7,7 @@ checkpoint's ``auto_map`` finds them: this file and its siblings are copied besi
 """
 
 from fnmatch import fnmatch
+from typing import Any
 
 import transformers
 from torch import nn
@@ -61,7 +62,7 @@ def install_bitlinears(model: nn.Module, family: Family, spec: TernarySpec, norm
         model.set_submodule(name, bit_linear)
 
 
-def _student_classes(family: Family) -> tuple[type, type]:
+def _student_classes(family: Family) -> tuple[Any, Any]:
     """Build the config and causal-LM classes of one family."""
     base_config = getattr(transformers, family.config_class)
     base_model = getattr(transformers, family.causal_lm_class)
@@ -98,7 +99,7 @@ def _student_classes(family: Family) -> tuple[type, type]:
     return StudentConfig, StudentForCausalLM
 
 
-STUDENT_CLASSES: dict[str, tuple[type, type]] = {}
+STUDENT_CLASSES: dict[str, tuple[Any, Any]] = {}
 """Full-precision ``model_type`` -> (student config class, student causal-LM class)."""
 
 for _family in FAMILIES:

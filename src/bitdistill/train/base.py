@@ -83,6 +83,4 @@ def train_tokenizer(recipe: Recipe, vocab_size: int) -> PreTrainedTokenizerFast:
             show_progress=False,
         ),
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token="<|pad|>"
-    )
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, pad_token="<|pad|>")

@@ -150,9 +150,7 @@ class ProgressBar(TrainerCallback):
         if state.is_world_process_zero:
             seconds = max(time.monotonic() - self.started, 1e-9)
             rate = (state.global_step - self.first_step) / seconds
-            self.progress.update(
-                self.task, completed=state.global_step, rate=f"{rate:.1f} steps/s"
-            )
+            self.progress.update(self.task, completed=state.global_step, rate=f"{rate:.1f} steps/s")
 
     def on_log(
         self,

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-IGNORE_INDEX = -100
-"""Label of tokens that are not to be predicted (the Hugging Face convention)."""
+from ..data.prompts import IGNORE_INDEX
 
 BLOCK_TOKENS = 256
 """Tokens whose logits exist at the same time; more would only move memory."""
@@ -40,9 +39,7 @@ def cross_entropy(hidden_NE: Tensor, head: torch.nn.Module, labels_N: Tensor) ->
     Logits are made in blocks of tokens, in fp32, and never for a whole batch at once.
     """
     total = hidden_NE.new_zeros((), dtype=torch.promote_types(hidden_NE.dtype, torch.float32))
-    for hidden, labels in zip(
-        hidden_NE.split(BLOCK_TOKENS), labels_N.split(BLOCK_TOKENS), strict=True
-    ):
+    for hidden, labels in zip(hidden_NE.split(BLOCK_TOKENS), labels_N.split(BLOCK_TOKENS), strict=True):
         logits = head(hidden)
         total = total + F.cross_entropy(_wide(logits), labels, reduction="sum")
     return total

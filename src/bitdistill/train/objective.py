@@ -1,5 +1,9 @@
 """What a training step computes: a module around the student whose forward returns the loss and its parts.
 
+    LanguageModelling   CE                                             stage 2, every plain fine-tune
+    Distillation        CE + lambda * logits KD + gamma * relation KD    stage 3 (eq. 13)
+
+
 The losses need hidden states and the output head, so they are computed inside this forward: the hooks
 of DDP and FSDP around it then see every parameter that is used.
 """
@@ -10,7 +14,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .losses import IGNORE_INDEX, cross_entropy, shifted_labels
+from ..config import DistillConfig
+from ..errors import TrainingError
+from .losses import (
+    BLOCK_TOKENS,
+    IGNORE_INDEX,
+    cross_entropy,
+    logits_kd,
+    relation_kd,
+    shifted_labels,
+)
+from .taps import States, attention_layers, capture, matched_layers
 
 
 class LanguageModelling(nn.Module):
@@ -43,9 +57,7 @@ class LanguageModelling(nn.Module):
         Returns:
             ``loss`` with a graph, and detached parts named as they are logged.
         """
-        hidden = self.student.base_model(
-            input_ids=input_ids, attention_mask=attention_mask
-        ).last_hidden_state
+        hidden = self.student.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         loss = self.label_cross_entropy(hidden, labels) / totals[0]
         return {"loss": loss, "loss/ce": loss.detach()}
 
@@ -54,6 +66,124 @@ class LanguageModelling(nn.Module):
         targets = shifted_labels(labels)
         chosen = targets != IGNORE_INDEX
         return cross_entropy(hidden[chosen], self.student.get_output_embeddings(), targets[chosen])
+
+
+class Distillation(LanguageModelling):
+    """Stage 3: the student learns the labels, the teacher's distribution and its attention relations.
+
+    The teacher runs without gradients and is no part of this module's parameters or checkpoints.
+    """
+
+    count_names = ("labels", "kd_tokens", "relation_rows")
+
+    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: DistillConfig) -> None:
+        super().__init__(student)
+        self.distill = config  # not "config": Trainer takes that for the model's
+        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple: hidden from nn.Module
+        self.vocab_size = min(student.config.vocab_size, teacher.config.vocab_size)
+        try:
+            self.layer_pairs = matched_layers(
+                len(attention_layers(student)),
+                len(attention_layers(teacher)),
+                config.relation_layers,
+                config.teacher_layers,
+            )
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
+        if not config.gamma_relation:
+            self.layer_pairs = []
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The full-precision teacher."""
+        return self._teacher[0]
+
+    def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Labelled tokens, tokens of the logits KD, rows of the relation KD; int64 ``[3]``."""
+        kd_tokens = self._kd_mask(batch["labels"], batch["attention_mask"]).sum()
+        rows = batch["attention_mask"].sum()
+        if self.distill.relation_mask == "none":
+            rows = torch.tensor(batch["attention_mask"].numel(), device=rows.device)
+        return torch.stack([super().counts(batch)[0], kd_tokens, rows])
+
+    def _kd_mask(self, labels: Tensor, attention_mask: Tensor) -> Tensor:
+        if self.distill.kd_tokens == "all":
+            return attention_mask.bool()
+        return shifted_labels(labels) != IGNORE_INDEX
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        totals: Tensor,
+        attention_mask: Tensor | None = None,
+    ) -> dict[str, Tensor]:
+        """Loss of one micro-batch and its parts, raw and weighted; arguments as in ``LanguageModelling``."""
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        config = self.distill
+        teacher = self.teacher.to(input_ids.device)
+        hidden_s, states_s = self._run(self.student, input_ids, attention_mask, 0)
+        with torch.no_grad():
+            hidden_t, states_t = self._run(teacher, input_ids, attention_mask, 1)
+        ce = self.label_cross_entropy(hidden_s, labels) / totals[0]
+        loss = ce
+        parts = {"loss/ce": ce}
+        if config.lambda_logits:
+            chosen = self._kd_mask(labels, attention_mask)
+            kd = self._logits_kd(hidden_s[chosen], hidden_t[chosen]) / totals[1]
+            weighted = config.lambda_logits * kd
+            loss = loss + weighted
+            parts |= {"loss/logits_kd": kd, "loss/logits_kd_weighted": weighted}
+        if config.gamma_relation:
+            relation = self._relation_kd(states_s, states_t, attention_mask.bool()) / totals[2]
+            weighted = config.gamma_relation * relation
+            loss = loss + weighted
+            parts |= {"loss/relation_kd": relation, "loss/relation_kd_weighted": weighted}
+        return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
+
+    def _run(
+        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, side: int
+    ) -> tuple[Tensor, dict[int, States]]:
+        """Final hidden states and the tapped states of one model; ``side`` 0 is the student's, 1 the teacher's."""
+        layers = tuple(pair[side] for pair in self.layer_pairs)
+        with capture(model, layers, self.distill.relation_states) as states:
+            hidden = model.base_model(
+                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            ).last_hidden_state
+        return hidden, states
+
+    def _logits_kd(self, hidden_s: Tensor, hidden_t: Tensor) -> Tensor:
+        """Sum over tokens, with logits made in blocks of tokens."""
+        head_s, head_t = self.student.get_output_embeddings(), self.teacher.get_output_embeddings()
+        total = hidden_s.new_zeros((), dtype=torch.promote_types(hidden_s.dtype, torch.float32))
+        for block_s, block_t in zip(hidden_s.split(BLOCK_TOKENS), hidden_t.split(BLOCK_TOKENS), strict=True):
+            total = total + logits_kd(
+                head_s(block_s)[:, : self.vocab_size],
+                head_t(block_t)[:, : self.vocab_size],
+                temperature=self.distill.temperature,
+            )
+        return total * self.distill.temperature**2 if self.distill.tau_squared else total
+
+    def _relation_kd(
+        self, states_s: dict[int, States], states_t: dict[int, States], real_BT: Tensor
+    ) -> Tensor:
+        """Sum over rows, mean over the distilled layers."""
+        masked = self.distill.relation_mask != "none"
+        losses = [
+            relation_kd(
+                states_s[layer_s],
+                states_t[layer_t],
+                heads=self.distill.relation_heads,
+                form=self.distill.relation_form,
+                temperature=self.distill.relation_temperature,
+                query_mask_BT=real_BT if masked else None,
+                key_mask_BT=real_BT if masked else None,
+                causal=self.distill.relation_mask == "causal",
+            )
+            for layer_s, layer_t in self.layer_pairs
+        ]
+        return torch.stack(losses).mean()
 
 
 def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:

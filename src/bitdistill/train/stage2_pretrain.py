@@ -13,6 +13,7 @@ from .loading import load_model, load_tokenizer, save_model
 from .objective import LanguageModelling
 from .step import num_processes, run_step
 from .trainer import fit, steps_for_tokens
+from .weights import ternary_codes, write_weight_stats
 
 
 def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
@@ -41,11 +42,10 @@ def train_on_corpus(
     def work(folder: Path) -> dict:
         tokenizer = load_tokenizer(source, recipe.model.revision)
         model = load_model(source, recipe.model.revision)
+        codes = ternary_codes(model)
         shards = build_shards(recipe.corpus, part, tokenizer, recipe.run_dir / "shards")
         dataset = PackedSequences(shards, recipe.corpus.sequence_length)
-        steps = steps_for_tokens(
-            config, config.tokens, recipe.corpus.sequence_length, num_processes()
-        )
+        steps = steps_for_tokens(config, config.tokens, recipe.corpus.sequence_length, num_processes())
         metrics = fit(
             LanguageModelling(model),
             dataset,
@@ -57,6 +57,7 @@ def train_on_corpus(
             tokenizer=tokenizer,
             title=output_dir.name,
         )
+        write_weight_stats(model, folder, codes)
         save_model(model, tokenizer, folder)
         return metrics | {"corpus_tokens": len(dataset) * recipe.corpus.sequence_length}
 

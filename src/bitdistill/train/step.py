@@ -15,9 +15,12 @@ def num_processes() -> int:
     return int(PartialState().num_processes)
 
 
-def run_step(
-    output_dir: Path, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]
-) -> Path:
+def is_main_process() -> bool:
+    """Whether this process writes files and prints."""
+    return bool(PartialState().is_main_process)
+
+
+def run_step(output_dir: Path, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> Path:
     """Call ``work(folder)`` unless the step is done already; returns the finished folder.
 
     ``work`` runs on every process; the folder and its record are the main process's business.

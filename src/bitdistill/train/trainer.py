@@ -55,9 +55,7 @@ class SeededOrder(Sampler[int]):
         batches = []
         for start in range(0, self.size, window):
             indices = sorted(order[start : start + window], key=self.lengths.__getitem__)
-            batches += [
-                indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)
-            ]
+            batches += [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
         # The one short batch stays last: everything else keeps full batches in random order.
         last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
         for index in torch.randperm(len(batches), generator=generator).tolist():
@@ -159,9 +157,7 @@ class StudentTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         if state_dict is not None:
             state_dict = {key.removeprefix("student."): value for key, value in state_dict.items()}
-        self.objective.student.save_pretrained(
-            output_dir or self.args.output_dir, state_dict=state_dict
-        )
+        self.objective.student.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -250,9 +246,7 @@ def fit(
 
 def steps_for_tokens(config: TrainingConfig, tokens: int, sequence_length: int, processes: int) -> int:
     """Optimizer steps that a token budget pays for."""
-    per_step = (
-        config.batch_size * config.gradient_accumulation_steps * sequence_length * processes
-    )
+    per_step = config.batch_size * config.gradient_accumulation_steps * sequence_length * processes
     return max(1, math.ceil(tokens / per_step))
 
 

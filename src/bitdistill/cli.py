@@ -1,0 +1,330 @@
+"""The command line: one verb per step of the method, a recipe, and ``--set section.key=value``.
+
+Modules that need torch are imported inside the commands, so that ``--help`` answers at once.
+"""
+
+import errno
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from . import __version__
+from .errors import BitDistillError, ConfigError
+
+if TYPE_CHECKING:
+    from .config import Recipe
+
+app = typer.Typer(
+    name="bitdistill",
+    help="Turn a Hugging Face language model into a 1.58-bit (ternary) model for a task.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+stderr = Console(stderr=True)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe; repeatable."),
+]
+Source = Annotated[str, typer.Option(help="Checkpoint folder or hub id to start from.")]
+Output = Annotated[Path, typer.Option(help="Folder of the new checkpoint.")]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", metavar="PATH", help="Also write the result here as JSON.")
+]
+
+_debug = False
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        console.print(f"bitdistill {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and every log line.")] = False,
+    version: Annotated[  # noqa: ARG001
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Options before the verb."""
+    global _debug
+    _debug = debug
+    logging.basicConfig(
+        level=logging.DEBUG if debug else logging.INFO,
+        format="%(message)s",
+        handlers=[RichHandler(console=stderr, show_path=debug, show_level=debug, show_time=True)],
+    )
+    for noisy in ("httpx", "urllib3", "filelock", "matplotlib", "fontTools", "asyncio", "fsspec"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder of all runs.")] = Path("runs"),
+    seed: Annotated[int, typer.Option(help="Seed of weights and sample order.")] = 0,
+    name: Annotated[str, typer.Option(help="Name of the run.")] = "demo",
+    set_: Overrides = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Everything on generated data, in minutes: base, FP16-SFT, FP16-CT-SFT, BitNet-SFT, the three stages, report."""
+    from importlib import resources
+
+    from .recipe import load_recipe
+
+    with resources.as_file(resources.files("bitdistill") / "recipes" / "demo.toml") as path:
+        recipe = load_recipe(
+            path, [f"output_dir='{output}'", f"seed={seed}", f"name='{name}'", *(set_ or [])]
+        )
+    _run_recipe(recipe, json_path)
+
+
+@app.command()
+def run(recipe: RecipeFile, set_: Overrides = None, json_path: JsonFile = None) -> None:
+    """Run a whole recipe: every method, the table, the report. A killed run continues where it was."""
+    _run_recipe(_load(recipe, set_), json_path)
+
+
+@app.command()
+def refine(
+    recipe: RecipeFile,
+    source: Source,
+    output: Output,
+    set_: Overrides = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Stage 1: make a ternary student of a model (SubLN surgery)."""
+    from .train import stage1_refine
+
+    _step(stage1_refine.run, _load(recipe, set_), source, output, json_path)
+    console.print((output / "surgery.txt").read_text(encoding="utf-8").rstrip(), highlight=False)
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeFile,
+    source: Source,
+    output: Output,
+    set_: Overrides = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Stage 2: continue the pre-training of a checkpoint on the recipe's corpus."""
+    from .train import stage2_pretrain
+
+    _step(stage2_pretrain.run, _load(recipe, set_), source, output, json_path)
+
+
+@app.command()
+def sft(
+    recipe: RecipeFile,
+    source: Source,
+    output: Output,
+    set_: Overrides = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Fine-tune a checkpoint on the recipe's task with plain cross-entropy (teacher and baselines)."""
+    from .train import sft as sft_stage
+
+    _step(sft_stage.run, _load(recipe, set_), source, output, json_path)
+
+
+@app.command()
+def distill(
+    recipe: RecipeFile,
+    source: Source,
+    output: Output,
+    teacher: Annotated[str, typer.Option(help="Fine-tuned full-precision teacher.")],
+    set_: Overrides = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Stage 3: fine-tune a student on the recipe's task beside a teacher."""
+    from .train import stage3_distill
+
+    config = _load(recipe, [*(set_ or []), f"distill.teacher='{teacher}'"])
+    _step(stage3_distill.run, config, source, output, json_path)
+
+
+@app.command("eval")
+def evaluate(
+    recipe: RecipeFile,
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
+    perplexity: Annotated[
+        bool, typer.Option(help="Perplexity on the corpus's held-out part instead.")
+    ] = False,
+    set_: Overrides = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Evaluate a checkpoint on the recipe's task, or its perplexity."""
+    from . import pipeline
+    from .data.tasks import load_task
+
+    config = _load(recipe, set_)
+    if split not in ("test", "validation"):
+        raise ConfigError(f"--split {split}: use test or validation")
+    if perplexity:
+        result: dict[str, Any] = {"perplexity": pipeline.heldout_perplexity(config, source)}
+    else:
+        found = pipeline.evaluate_model(config, load_task(config.task), source, split)
+        result = {found.metric: found.value, "stderr": found.stderr, "items": len(found.correct)}
+    result = {"source": source, "split": "heldout" if perplexity else split} | result
+    console.print(
+        "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()),
+        highlight=False,
+    )
+    _write_json(json_path, result)
+
+
+@app.command()
+def inspect(
+    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
+    json_path: JsonFile = None,
+) -> None:
+    """Show what a checkpoint is: family, ternary layers, parameters, bytes, trit shares."""
+    from .train.inspection import inspect_checkpoint
+
+    result = inspect_checkpoint(source)
+    for key, value in result.items():
+        console.print(f"{key:<24} {value}", highlight=False)
+    _write_json(json_path, result)
+
+
+@app.command()
+def report(
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo.")],
+    json_path: JsonFile = None,
+) -> None:
+    """Write report.html and report.md of a run."""
+    from .report.write import write_report
+
+    paths = [str(path) for path in write_report(run_dir)]
+    for path in paths:
+        console.print(path, highlight=False, soft_wrap=True)
+    _write_json(json_path, {"html": paths[0], "markdown": paths[1]})
+
+
+def _load(path: Path, overrides: list[str] | None) -> "Recipe":
+    from .recipe import load_recipe
+
+    return load_recipe(path, overrides or ())
+
+
+def _step(
+    step: "Callable[[Recipe, str | Path, Path], Path]",
+    recipe: "Recipe",
+    source: str,
+    output: Path,
+    json_path: Path | None,
+) -> None:
+    from .checkpoint import read_run
+
+    finished = step(recipe, source, output)
+    console.print(f"{finished}: done", highlight=False, soft_wrap=True)
+    _write_json(json_path, read_run(finished))
+
+
+def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
+    from . import pipeline
+    from .report.write import write_report
+    from .train.step import is_main_process
+
+    result = pipeline.run(recipe)
+    if not is_main_process():
+        return
+    console.print(_result_table(result))
+    try:
+        html, _ = write_report(recipe.run_dir)
+        console.print(f"report: {html}", highlight=False, soft_wrap=True)
+    except ImportError as error:
+        stderr.print(f"no report: {error}")
+    _write_json(json_path, result)
+
+
+def _result_table(result: dict[str, Any]) -> Table:
+    meta = result["meta"]
+    table = Table(
+        title=f"{meta['task']}, seed {meta['seed']}, {meta['eval_items']} test items", title_justify="left"
+    )
+    columns = ("method", "accuracy", "+-", "bytes", "smaller", "learning rate", "time")
+    for column in columns:
+        table.add_column(column, justify="left" if column == "method" else "right")
+    rows = {key: row for key, row in result.items() if key != "meta"}
+    biggest = max(row["bytes"] for row in rows.values())
+    for row in rows.values():
+        value = row.get("accuracy", row.get("exact_match"))
+        table.add_row(
+            row["label"],
+            f"{100 * value:.2f} %",
+            f"{100 * row['stderr']:.2f}",
+            f"{row['bytes']:,}",
+            f"{biggest / row['bytes']:.2f}x",
+            f"{row['learning_rate']:g}",
+            " + ".join(f"{seconds:.0f}" for seconds in row["time_s"].values()) + " s",
+        )
+    return table
+
+
+def _write_json(path: Path | None, value: Any) -> None:
+    if path is None:
+        return
+    if path.exists() and not path.is_file():  # a pipe or device cannot be renamed over
+        path.write_text(json.dumps(value) + "\n", encoding="utf-8")
+        return
+    from .checkpoint import write_json
+
+    write_json(path, value)
+
+
+def _remedy(error: BaseException) -> str | None:
+    """The message for errors that are the machine's, not the program's; None for everything else."""
+    text = str(error)
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
+        return (
+            "the disk is full; nothing finished was lost. Free some space and run the same command again: "
+            "it continues at its last checkpoint"
+        )
+    if "PytorchStreamWriter failed" in text or "unexpected pos" in text:
+        return (
+            "a checkpoint could not be written (is the disk full?); the one before it is kept. "
+            "Free some space and run the same command again"
+        )
+    return None
+
+
+def main() -> None:
+    """Entry point: one message and exit status 1 for errors, 2 for a wrong command line."""
+    try:
+        app(standalone_mode=True)
+    except BitDistillError as error:
+        if _debug:
+            raise
+        stderr.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        stderr.print("stopped; run the same command again to continue", highlight=False)
+        sys.exit(130)
+    except Exception as error:
+        remedy = _remedy(error)
+        if _debug or remedy is None:
+            raise
+        stderr.print(f"[bold red]error:[/] {_escape(remedy)}", highlight=False, soft_wrap=True)
+        sys.exit(1)
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)

@@ -1,0 +1,170 @@
+"""Task accuracy and perplexity, through one protocol that any model can offer.
+
+Classification by label log-likelihood: the score of a label is the sum of the log-probabilities of its tokens after
+the prompt, with no length normalisation, and the highest score wins (the first on a tie).
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch.nn import functional as F
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from .data.corpus import PackedSequences
+from .data.prompts import PromptEncoder
+from .data.tasks import Example
+
+BATCH_TOKENS = 4096
+"""Padded tokens of an evaluation batch."""
+
+
+class Scorer(Protocol):
+    """What evaluation needs of a model."""
+
+    def log_likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """``log p(continuation | context)`` for every ``(context ids, continuation ids)``."""
+        ...
+
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """Greedy continuation of every prompt, up to and without the end-of-text token."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Result of a task."""
+
+    metric: str
+    """``accuracy`` or ``exact_match``."""
+    value: float
+    stderr: float
+    correct: tuple[bool, ...]
+    """Item by item, in the order of the data, so that two models can be compared in pairs."""
+
+    @classmethod
+    def of(cls, metric: str, correct: Sequence[bool]) -> "Evaluation":
+        """Mean and binomial standard error."""
+        value = sum(correct) / len(correct)
+        return cls(metric, value, math.sqrt(value * (1 - value) / len(correct)), tuple(correct))
+
+
+class TorchScorer:
+    """A transformers causal LM as a ``Scorer``; evaluates in the model's own dtype."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model.eval()
+        self.pad_id = tokenizer.pad_token_id
+        self.end_id = tokenizer.eos_token_id
+
+    @torch.inference_mode()
+    def log_likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """See ``Scorer``. Requests that feed the model the same tokens share one pass."""
+        inputs = {tuple(context + continuation[:-1]) for context, continuation in requests}
+        by_input: dict[tuple[int, ...], list[int]] = {ids: [] for ids in inputs}
+        for index, (context, continuation) in enumerate(requests):
+            by_input[tuple(context + continuation[:-1])].append(index)
+        scores = [0.0] * len(requests)
+        for batch in _length_batches(sorted(by_input, key=lambda ids: (len(ids), ids))):
+            hidden = self._hidden(batch)
+            for row, ids in enumerate(batch):
+                for index in by_input[ids]:
+                    context, continuation = requests[index]
+                    positions = slice(len(context) - 1, len(context) - 1 + len(continuation))
+                    logits = self.model.get_output_embeddings()(hidden[row, positions]).float()
+                    targets = torch.tensor(continuation, device=logits.device)
+                    log_probs = F.log_softmax(logits, dim=-1).gather(1, targets[:, None])
+                    scores[index] = float(log_probs.sum())
+        return scores
+
+    def _hidden(self, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
+        """Final hidden states ``[B, T, E]`` of right-padded sequences."""
+        length = max(map(len, batch))
+        input_ids = torch.full((len(batch), length), self.pad_id)
+        mask = torch.zeros(len(batch), length, dtype=torch.int64)
+        for row, ids in enumerate(batch):
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
+        device = self.model.device
+        return self.model.base_model(
+            input_ids=input_ids.to(device), attention_mask=mask.to(device), use_cache=False
+        ).last_hidden_state
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
+        """See ``Scorer``. Batches are left-padded."""
+        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        answers: list[list[int]] = [[] for _ in prompts]
+        for batch in _length_batches([tuple(prompts[i]) for i in order], indices=order):
+            rows = [prompts[i] for i in batch]
+            length = max(map(len, rows))
+            input_ids = torch.tensor([[self.pad_id] * (length - len(r)) + r for r in rows])
+            mask = torch.tensor([[0] * (length - len(r)) + [1] * len(r) for r in rows])
+            output = self.model.generate(
+                input_ids=input_ids.to(self.model.device),
+                attention_mask=mask.to(self.model.device),
+                max_new_tokens=max_new_tokens,
+                do_sample=False,
+                pad_token_id=self.pad_id,
+                eos_token_id=self.end_id,
+            )
+            for index, ids in zip(batch, output[:, length:].tolist(), strict=True):
+                answers[index] = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
+        return answers
+
+    @torch.inference_mode()
+    def perplexity(self, sequences: PackedSequences, max_sequences: int = 256) -> float:
+        """``exp`` of the mean next-token cross-entropy over packed sequences."""
+        count = min(len(sequences), max_sequences)
+        total, tokens = 0.0, 0
+        per_batch = max(1, BATCH_TOKENS // sequences.sequence_length)
+        for start in range(0, count, per_batch):
+            rows = [sequences[i]["input_ids"] for i in range(start, min(start + per_batch, count))]
+            ids = torch.stack(rows).to(self.model.device)
+            logits = self.model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
+            tokens += ids[:, 1:].numel()
+        return math.exp(total / tokens)
+
+
+def _length_batches(sequences: Sequence[tuple[int, ...]], indices: Sequence[int] | None = None) -> list[list]:
+    """Cut length-sorted sequences (or the indices that go with them) into batches of BATCH_TOKENS."""
+    batches: list[list] = []
+    batch: list = []
+    for position, ids in enumerate(sequences):
+        if batch and (len(batch) + 1) * max(1, len(ids)) > BATCH_TOKENS:
+            batches.append(batch)
+            batch = []
+        batch.append(ids if indices is None else indices[position])
+    if batch:
+        batches.append(batch)
+    return batches
+
+
+def evaluate_classification(
+    scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], labels: Sequence[str]
+) -> Evaluation:
+    """Accuracy by label log-likelihood."""
+    label_ids = [encoder.answer(label) for label in labels]
+    prompts = encoder.prompts([e.prompt for e in examples], max(map(len, label_ids)))
+    scores = scorer.log_likelihoods([(prompt, ids) for prompt in prompts for ids in label_ids])
+    correct = []
+    for index, example in enumerate(examples):
+        row = scores[index * len(labels) : (index + 1) * len(labels)]
+        correct.append(row.index(max(row)) == example.label)
+    return Evaluation.of("accuracy", correct)
+
+
+def evaluate_generation(
+    scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], max_new_tokens: int
+) -> Evaluation:
+    """Exact match of greedy answers, surrounding white space ignored."""
+    prompts = encoder.prompts([e.prompt for e in examples], max_new_tokens)
+    answers = scorer.generate(prompts, max_new_tokens)
+    texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    return Evaluation.of(
+        "exact_match",
+        [text.strip() == e.answer.strip() for text, e in zip(texts, examples, strict=True)],
+    )

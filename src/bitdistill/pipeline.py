@@ -1,0 +1,244 @@
+"""``bitdistill run``: every method of a recipe, each a fold of steps over checkpoints, and the table.
+
+    base --------------- sft ------------------------------------- FP16-SFT (the teacher)
+    base -- pretrain --- sft ------------------------------------- FP16-CT-SFT
+    base -- refine ----- sft ------------------------------------- BitNet-SFT
+    base -- refine ----- pretrain (stage 2) --- distill (stage 3) -- BitDistill
+
+Steps that methods share are made once. A step that is finished is not made again, so a killed run continues
+where it was.
+"""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import provenance, read_run, write_json
+from .config import Recipe
+from .data.corpus import PackedSequences, build_shards
+from .data.prompts import PromptEncoder
+from .data.tasks import Task, load_task
+from .errors import ConfigError
+from .evaluate import Evaluation, TorchScorer, evaluate_classification, evaluate_generation
+from .recipe import to_dict
+from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
+from .train.loading import load_model, load_tokenizer
+from .train.size import model_size
+
+logger = logging.getLogger(__name__)
+
+LABELS = {
+    "fp16_sft": "FP16-SFT",
+    "fp16_ct_sft": "FP16-CT-SFT",
+    "bitnet_sft": "BitNet-SFT",
+    "bitdistill": "BitDistill",
+}
+
+StepRun = Callable[[Recipe, str | Path, Path], Path]
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One row of the table, parsed from its name."""
+
+    key: str
+
+    @property
+    def name(self) -> str:
+        return self.key.partition(":")[0]
+
+    @property
+    def switches(self) -> frozenset[str]:
+        return frozenset(filter(None, self.key.partition(":")[2].split("+")))
+
+    @property
+    def label(self) -> str:
+        suffix = f" ({', '.join(sorted(self.switches)).replace('_', ' ')})" if self.switches else ""
+        return LABELS[self.name] + suffix
+
+    @property
+    def folder(self) -> str:
+        return self.key.replace(":", "-")
+
+    def preparation(self, recipe: Recipe) -> list[tuple[str, StepRun, Recipe]]:
+        """Steps before the task fine-tune: (folder, step, recipe for it)."""
+        if self.name == "fp16_sft":
+            return []
+        if self.name == "fp16_ct_sft":
+            return [("pretrain-fp16", stage2_pretrain.run, recipe)]
+        plain = self.name == "bitnet_sft" or "no_subln" in self.switches
+        sites = "none" if plain else recipe.refine.norm_sites
+        gain = "one" if plain else recipe.refine.gain
+        refined = dataclasses.replace(
+            recipe, refine=dataclasses.replace(recipe.refine, norm_sites=sites, gain=gain)
+        )
+        steps: list[tuple[str, StepRun, Recipe]] = [(f"refine-{sites}", stage1_refine.run, refined)]
+        if self.name == "bitdistill" and "no_pretrain" not in self.switches:
+            steps.append((f"pretrain-{sites}", stage2_pretrain.run, recipe))
+        return steps
+
+    def fine_tune(
+        self, recipe: Recipe, learning_rate: float | None, teacher: Path | None
+    ) -> tuple[StepRun, Recipe]:
+        """The task fine-tune of this method at one learning rate (None: the section's own)."""
+        if self.name != "bitdistill" or "no_distill" in self.switches:
+            config = recipe.sft
+            if learning_rate is not None:
+                config = dataclasses.replace(config, learning_rate=learning_rate)
+            return sft.run, dataclasses.replace(recipe, sft=config)
+        changes: dict[str, Any] = {"teacher": str(teacher)} if teacher else {}
+        if learning_rate is not None:
+            changes["learning_rate"] = learning_rate
+        if "no_logits_kd" in self.switches:
+            changes["lambda_logits"] = 0.0
+        if "no_relation_kd" in self.switches:
+            changes["gamma_relation"] = 0.0
+        return stage3_distill.run, dataclasses.replace(
+            recipe, distill=dataclasses.replace(recipe.distill, **changes)
+        )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.name == "bitdistill" and "no_distill" not in self.switches
+
+
+def run(recipe: Recipe) -> dict[str, Any]:
+    """Run every method of a recipe; returns what ``result.json`` holds.
+
+    Raises:
+        BitDistillError: bad input, or a run folder made with other settings.
+    """
+    started = time.monotonic()
+    task = load_task(recipe.task)
+    source = model_source(recipe)
+    rows: dict[str, Any] = {}
+    teacher: Path | None = Path(recipe.distill.teacher) if recipe.distill.teacher else None
+    methods = [Method(key) for key in recipe.run.methods]
+    if teacher is None and any(m.needs_teacher for m in methods):
+        methods.sort(key=lambda m: m.name != "fp16_sft")
+        if methods[0].name != "fp16_sft":
+            methods.insert(0, Method("fp16_sft"))
+    for method in methods:
+        row, checkpoint = _run_method(recipe, task, method, source, teacher)
+        rows[method.key] = row
+        if method.name == "fp16_sft" and teacher is None:
+            teacher = checkpoint
+        result = {"meta": _meta(recipe, task, time.monotonic() - started)} | rows
+        write_json(recipe.run_dir / "result.json", result)
+    return result
+
+
+def model_source(recipe: Recipe) -> str | Path:
+    """The full-precision model of a recipe, made first if it has a ``[base]``."""
+    if recipe.base is not None:
+        return base.run(recipe, recipe.run_dir / "base")
+    if not recipe.model.source:
+        raise ConfigError("model.source is empty: name the model to convert, or add a [base] section")
+    return recipe.model.source
+
+
+def _run_method(
+    recipe: Recipe, task: Task, method: Method, source: str | Path, teacher: Path | None
+) -> tuple[dict[str, Any], Path]:
+    checkpoint, steps = source, []
+    for folder, step, step_recipe in method.preparation(recipe):
+        checkpoint = step(step_recipe, checkpoint, recipe.run_dir / folder)
+        steps.append(folder)
+    prepared = checkpoint
+    rates: list[float | None] = list(recipe.run.learning_rates) or [None]
+    candidates = []
+    for rate in rates:
+        step, step_recipe = method.fine_tune(recipe, rate, teacher)
+        folder = method.folder if rate is None else f"{method.folder}/lr-{rate:g}"
+        tuned = step(step_recipe, prepared, recipe.run_dir / folder)
+        candidates.append((evaluate_step(recipe, task, tuned, "validation").value, rate, folder, tuned))
+    # The first of equals wins, so the order of the grid decides ties.
+    validation, rate, folder, tuned = max(candidates, key=lambda c: c[0])
+    test = evaluate_step(recipe, task, tuned, "test")
+    steps.append(folder)
+    records = {name: read_run(recipe.run_dir / name) for name in steps}
+    size = model_size(load_model(tuned))
+    training = records[folder]["settings"]["training"]
+    row = {
+        "label": method.label,
+        test.metric: test.value,
+        "stderr": test.stderr,
+        "bytes": size.bytes,
+        "parameters": size.parameters,
+        "learning_rate": training["learning_rate"],
+        "validation_accuracy": validation,
+        "steps": steps,
+        "time_s": {
+            name: record["metrics"].get("train_time_s", record["time_s"]) for name, record in records.items()
+        },
+    }
+    if len(candidates) > 1:
+        row["grid"] = {f"{lr:g}": value for value, lr, _, _ in candidates}
+    logger.info("%s: %s %.4f", method.label, test.metric, test.value)
+    return row, tuned
+
+
+def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> Evaluation:
+    """Evaluate a finished step on a split of the task; the result is kept in the step's folder."""
+    path = checkpoint / f"eval-{split}.json"
+    key = task.digest
+    if path.is_file():
+        stored = read_json(path)
+        if stored.get("task_digest") == key:
+            return Evaluation.of(stored["metric"], [c == "1" for c in stored["correct"]])
+    evaluation = evaluate_model(recipe, task, checkpoint, split)
+    correct = "".join("1" if c else "0" for c in evaluation.correct)
+    write_json(
+        path,
+        {
+            "metric": evaluation.metric,
+            "value": evaluation.value,
+            "stderr": evaluation.stderr,
+            "task_digest": key,
+            "correct": correct,
+        },
+    )
+    return evaluation
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file that this package wrote."""
+    return dict(json.loads(path.read_text(encoding="utf-8")))
+
+
+def evaluate_model(recipe: Recipe, task: Task, source: str | Path, split: str) -> Evaluation:
+    """Evaluate any checkpoint on ``validation`` or ``test``."""
+    tokenizer = load_tokenizer(source)
+    scorer = TorchScorer(load_model(source), tokenizer)
+    encoder = PromptEncoder(tokenizer, recipe.task.max_length)
+    examples = task.test if split == "test" else task.validation
+    if task.kind == "generation":
+        return evaluate_generation(scorer, encoder, examples, recipe.task.max_new_tokens)
+    return evaluate_classification(scorer, encoder, examples, task.labels)
+
+
+def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
+    """Perplexity of a checkpoint on the part of the corpus that no training step reads."""
+    tokenizer = load_tokenizer(source)
+    shards = build_shards(recipe.corpus, "heldout", tokenizer, recipe.run_dir / "shards")
+    sequences = PackedSequences(shards, recipe.corpus.sequence_length)
+    return TorchScorer(load_model(source), tokenizer).perplexity(sequences)
+
+
+def _meta(recipe: Recipe, task: Task, seconds: float) -> dict[str, Any]:
+    return {
+        "name": recipe.name,
+        "task": task.name,
+        "seed": recipe.seed,
+        "train_items": len(task.train),
+        "eval_items": len(task.test),
+        "majority_accuracy": task.majority_accuracy,
+        "total_time_s": round(seconds, 1),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "recipe": to_dict(recipe),
+        **provenance(),
+    }

@@ -1,0 +1,70 @@
+"""Stage 1, modelling refinement (BitDistill, eq. 4-5): ternary linears, and SubLN before the output projections.
+
+No gradient step is taken; the next stages train what this one builds.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import checkpoint_digest
+from ..config import Recipe
+from ..data.corpus import PackedSequences, build_shards, collate_packed, source_digest
+from ..model import TernarySpec
+from ..recipe import to_dict
+from .loading import load_model, load_tokenizer, save_model
+from .step import run_step
+from .surgery import refine
+from .weights import write_weight_stats
+
+CALIBRATION_BATCH = 8
+
+
+def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
+    """Convert ``source`` into a student; returns its checkpoint, with ``surgery.txt`` inside."""
+    config = recipe.refine
+    settings = {
+        "stage": "stage1_refine",
+        "refine": to_dict(config),
+        "source": checkpoint_digest(source),
+    }
+    if config.gain == "rms":
+        settings["calibration_corpus"] = source_digest(recipe.corpus)
+
+    def work(folder: Path) -> dict:
+        tokenizer = load_tokenizer(source, recipe.model.revision)
+        model = load_model(source, recipe.model.revision)
+        spec = TernarySpec(
+            norm_sites=config.norm_sites,
+            granularity=config.granularity,
+            block_size=config.block_size,
+            activation_bits=config.activation_bits,
+            skip=config.skip,
+        )
+        calibration = _calibration_batches(recipe, tokenizer) if config.gain == "rms" else None
+        student, report = refine(model, spec, calibration)
+        (folder / "surgery.txt").write_text(f"{report}\n", encoding="utf-8")
+        write_weight_stats(student, folder)
+        save_model(student, tokenizer, folder)
+        return {
+            "linears_replaced": len(report.replaced),
+            "linears_skipped": len(report.skipped),
+            "parameters": report.after.parameters,
+            "bytes_before": report.before.bytes,
+            "bytes_after": report.after.bytes,
+        }
+
+    return run_step(output_dir, settings, work)
+
+
+def _calibration_batches(recipe: Recipe, tokenizer: object) -> Iterator[dict[str, Tensor]]:
+    """The first ``calibration_sequences`` sequences of the stage-2 text."""
+    shards = build_shards(recipe.corpus, "pretrain", tokenizer, recipe.run_dir / "shards")  # type: ignore[arg-type]
+    dataset = PackedSequences(shards, recipe.corpus.sequence_length)
+    count = min(recipe.refine.calibration_sequences, len(dataset))
+    for start in range(0, count, CALIBRATION_BATCH):
+        items = [dataset[i] for i in range(start, min(start + CALIBRATION_BATCH, count))]
+        batch = collate_packed(items)
+        yield {"input_ids": batch["input_ids"], "attention_mask": torch.ones_like(batch["input_ids"])}

@@ -1,0 +1,73 @@
+"""Stage 3, distillation-based fine-tuning (BitDistill, eq. 8-13): the task, with a fine-tuned teacher beside it."""
+
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from ..checkpoint import checkpoint_digest
+from ..config import Recipe
+from ..data.prompts import PaddedBatch
+from ..data.tasks import load_task
+from ..errors import ConfigError, TrainingError
+from ..recipe import to_dict
+from .loading import load_model, load_tokenizer, save_model
+from .objective import Distillation
+from .sft import task_sequences
+from .step import num_processes, run_step
+from .trainer import fit, steps_for_epochs
+from .weights import ternary_codes, write_weight_stats
+
+
+def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
+    """Distill ``recipe.distill.teacher`` into ``source`` on the task; returns the new checkpoint.
+
+    Raises:
+        TrainingError: teacher and student have different tokenizers.
+    """
+    config = recipe.distill
+    if not config.teacher:
+        raise ConfigError(
+            "distill.teacher is empty: name the fine-tuned full-precision teacher (bitdistill sft makes one)"
+        )
+    task = load_task(recipe.task)
+    settings = {
+        "stage": "stage3_distill",
+        "seed": recipe.seed,
+        "training": to_dict(config) | {"teacher": checkpoint_digest(config.teacher)},
+        "task": to_dict(recipe.task),
+        "task_digest": task.digest,
+        "source": checkpoint_digest(source),
+    }
+
+    def work(folder: Path) -> dict:
+        tokenizer = load_tokenizer(source, recipe.model.revision)
+        _check_same_tokenizer(tokenizer, load_tokenizer(config.teacher))
+        student = load_model(source, recipe.model.revision)
+        teacher = load_model(config.teacher)
+        codes = ternary_codes(student)
+        dataset = task_sequences(recipe, task, tokenizer)
+        metrics = fit(
+            Distillation(student, teacher, config),
+            dataset,
+            PaddedBatch(tokenizer.pad_token_id),
+            config,
+            steps=steps_for_epochs(config, config.epochs, len(dataset), num_processes()),
+            seed=recipe.seed,
+            work_dir=folder,
+            tokenizer=tokenizer,
+            title=f"{output_dir.parent.name}/{output_dir.name}",
+            lengths=dataset.lengths,
+        )
+        write_weight_stats(student, folder, codes)
+        save_model(student, tokenizer, folder)
+        return metrics
+
+    return run_step(output_dir, settings, work)
+
+
+def _check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    if student.get_vocab() != teacher.get_vocab():
+        raise TrainingError(
+            f"teacher and student have different tokenizers ({len(teacher)} and {len(student)} entries): their logits "
+            "are over different tokens. Use a teacher fine-tuned from the same model family and tokenizer"
+        )

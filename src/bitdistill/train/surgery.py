@@ -1,0 +1,173 @@
+"""Surgery: a full-precision Hugging Face model in, a ternary student and a report out.
+
+The student keeps every tensor of the model (biases, norms, embeddings and tied heads included); what is new are the
+gains of the SubLN norms. They start at 1, or at the RMS of what each norm will see, which keeps the size
+of every activation as the model learnt it.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..errors import SurgeryError
+from ..model import FAMILIES, STUDENT_CLASSES, BitLinear, Family, TernarySpec, find_family
+from .size import ModelSize, model_size
+
+
+@dataclass(frozen=True)
+class SurgeryReport:
+    """What surgery did, as data; ``str()`` is the table for people."""
+
+    family: str
+    replaced: tuple[tuple[str, tuple[int, int], bool], ...]
+    """Path, ``(out_features, in_features)`` and whether a SubLN was added."""
+    skipped: tuple[tuple[str, str], ...]
+    """Path and reason of every linear that stays full precision."""
+    before: ModelSize
+    after: ModelSize
+
+    def __str__(self) -> str:
+        norms = sum(norm for _, _, norm in self.replaced)
+        lines = [
+            f"{self.family}: {len(self.replaced)} linears made ternary, {norms} SubLN added, "
+            f"{len(self.skipped)} linears left in full precision",
+        ]
+        lines += [
+            f"  {path:<44} {rows} x {columns}{'  + SubLN' if norm else ''}"
+            for path, (rows, columns), norm in self.replaced
+        ]
+        lines += [f"  {path:<44} kept: {reason}" for path, reason in self.skipped]
+        share = self.after.ternary_parameters / self.after.parameters
+        lines += [
+            f"parameters {self.before.parameters:,} -> {self.after.parameters:,} ({share:.1%} ternary)",
+            f"bytes      {self.before.bytes:,} -> {self.after.bytes:,} "
+            f"({self.before.bytes / self.after.bytes:.2f}x smaller; 16-bit before; 1.6 bits a ternary weight after)",
+        ]
+        return "\n".join(lines)
+
+
+def refine(
+    model: PreTrainedModel,
+    spec: TernarySpec,
+    calibration: Iterable[dict[str, Tensor]] | None = None,
+) -> tuple[PreTrainedModel, SurgeryReport]:
+    """Convert a causal LM into a student of the same family.
+
+    Args:
+        model: a full-precision model of a family in the table; not changed.
+        spec: which linears, norm sites, scales and activation bits.
+        calibration: batches of ``input_ids`` (and ``attention_mask``), ``[B, T]``; if given, norm gains start at the
+            RMS of the norm's input in ``model`` on them, otherwise at 1.
+
+    Raises:
+        SurgeryError: unknown family, a model that is a student already, or nothing to replace.
+    """
+    model_type = model.config.model_type
+    if any(model_type == family.student_type for family in FAMILIES):
+        raise SurgeryError(f"this model is a ternary student already ({model_type}); refine its base instead")
+    family = find_family(model_type)
+    if family is None:
+        known = ", ".join(f.model_type for f in FAMILIES)
+        raise SurgeryError(
+            f"model family {model_type!r} is not supported; known families: {known}. "
+            "A decoder family is one row in bitdistill/model/families.py"
+        )
+    _check_sites(model, family)
+    student = _make_student(model, family, spec)
+    if calibration is not None:
+        _calibrate_gains(model, student, calibration)
+    return student, _report(model, student, family, spec)
+
+
+def _check_sites(model: PreTrainedModel, family: Family) -> None:
+    """A layer without its output projections would lose SubLN silently; say so instead."""
+    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    missing = [name for name in family.linears_out if name not in names]
+    if missing:
+        raise SurgeryError(
+            f"{type(model).__name__} has no linear named {' or '.join(missing)}, where SubLN belongs; "
+            f"is it a {family.model_type} model with fused or renamed projections? Un-fuse them, "
+            "or describe the layout in bitdistill/model/families.py"
+        )
+
+
+def _make_student(model: PreTrainedModel, family: Family, spec: TernarySpec) -> PreTrainedModel:
+    config_class, model_class = STUDENT_CLASSES[family.model_type]
+    values: dict[str, Any] = model.config.to_dict()
+    for key in ("model_type", "architectures", "auto_map", "transformers_version"):
+        values.pop(key, None)
+    try:
+        student = model_class(config_class(ternary=spec.to_dict(), **values))
+    except ValueError as error:
+        raise SurgeryError(str(error)) from error
+    result = student.load_state_dict(model.state_dict(), strict=False)
+    lost = [*result.unexpected_keys, *(k for k in result.missing_keys if not k.endswith(".norm.weight"))]
+    if lost:
+        raise SurgeryError(
+            f"{type(model).__name__} holds tensors that {model_class.__name__} has no place for, or lacks "
+            f"some it needs: {', '.join(lost[:4])}. Nothing was converted."
+        )
+    student.tie_weights()
+    student.generation_config = model.generation_config
+    return student.eval()
+
+
+@torch.no_grad()
+def _calibrate_gains(
+    model: PreTrainedModel, student: PreTrainedModel, calibration: Iterable[dict[str, Tensor]]
+) -> None:
+    """Set every SubLN gain to the mean over tokens of the RMS of its input in the full-precision model."""
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, Tensor] = {}
+    mask = torch.empty(0)
+    sites = [n for n, m in student.named_modules() if isinstance(m, BitLinear) and m.norm is not None]
+
+    def hook(name: str) -> Any:
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            del module
+            rms = args[0].float().pow(2).mean(dim=-1).sqrt() * mask
+            sums[name] = sums.get(name, torch.zeros(())) + rms.sum()
+            counts[name] = counts.get(name, torch.zeros(())) + mask.sum()
+
+        return record
+
+    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in sites]
+    model.eval()
+    try:
+        for batch in calibration:
+            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).float()
+            model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not sums:
+        raise SurgeryError("no calibration batch was given for gain = 'rms'; give text or use gain = 'one'")
+    for name in sites:
+        student.get_submodule(name).norm.weight.fill_(float(sums[name] / counts[name]))
+
+
+def _report(
+    model: PreTrainedModel, student: PreTrainedModel, family: Family, spec: TernarySpec
+) -> SurgeryReport:
+    replaced, skipped = [], []
+    for path, module in student.named_modules():
+        if isinstance(module, BitLinear):
+            shape = (module.out_features, module.in_features)
+            replaced.append((path, shape, module.norm is not None))
+        elif isinstance(module, nn.Linear):
+            pattern = next((p for p in spec.skip if fnmatch(path, p)), None)
+            if pattern is not None:
+                reason = f"matches skip pattern {pattern!r}"
+            elif module is student.get_output_embeddings():
+                reason = "output head"
+            else:
+                reason = f"not one of the family's ternary linears ({', '.join(family.linears)})"
+            skipped.append((path, reason))
+    return SurgeryReport(
+        family.model_type, tuple(replaced), tuple(skipped), model_size(model), model_size(student)
+    )
