@@ -116,15 +116,21 @@ def refine(
 @app.command()
 def pretrain(
     recipe: RecipeFile,
-    source: Source,
     output: Output,
+    source: Annotated[
+        str, typer.Option(help="Checkpoint folder or hub id; without it the recipe's [base] is made.")
+    ] = "",
     set_: Overrides = None,
     json_path: JsonFile = None,
 ) -> None:
-    """Stage 2: continue the pre-training of a checkpoint on the recipe's corpus."""
-    from .train import stage2_pretrain
+    """Stage 2: continue the pre-training of a checkpoint on the recipe's corpus; or make the recipe's base."""
+    from .train import base, stage2_pretrain
 
-    _step(stage2_pretrain.run, _load(recipe, set_), source, output, json_path)
+    config = _load(recipe, set_)
+    if source:
+        _step(stage2_pretrain.run, config, source, output, json_path)
+    else:
+        _step(lambda r, _, folder: base.run(r, folder), config, source, output, json_path)
 
 
 @app.command()

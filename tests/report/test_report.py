@@ -300,14 +300,33 @@ def test_one_chart_for_everything_recorded(page: ElementTree.Element) -> None:
 
 
 def test_bars_start_at_zero(page: ElementTree.Element) -> None:
-    """Bar lengths, read from the drawn paths, are as the scores."""
+    """Bars, read from the drawn paths, begin over the tick of 0 and are as long as the scores."""
     figure = next(f for f in page.iter("figure") if f.findtext("figcaption") == "Accuracy by method")
     bars = [p for p in figure.iter("path") if "opacity" in p.get("style", "") and p.get("clip-path")]
+    zero = next(float(t.get("x", "nan")) for t in figure.iter("text") if t.text == "0")
     widths = []
     for bar in bars:
         xs = [float(x) for x in re.findall(r"[ML] (-?[\d.]+) ", bar.get("d", ""))]
         widths.append(max(xs) - min(xs))
+        assert min(xs) == pytest.approx(zero, abs=0.01)
     assert [width / widths[0] * 90 for width in widths] == pytest.approx([90, 92, 85, 91, 80], abs=0.01)
+
+
+def test_before_is_the_step_before(run_dir: Path) -> None:
+    """Also for a shared step, after a base made from scratch, and if a method names that base itself."""
+    result = json.loads((run_dir / "result.json").read_text())
+    result["named"] = method_row("Named", 0.5, {"base": 1.0, "fp16_sft": 1.0})
+    (run_dir / "result.json").write_text(json.dumps(result))
+    assert {step.path: step.parent for step in collect(run_dir).steps} == {
+        "base": None,
+        "fp16_sft": "base",
+        "fp16_ct": "base",
+        "fp16_ct_sft": "fp16_ct",
+        "refine": "base",
+        "bitnet_sft": "refine",
+        "bitdistill/3-distill": "refine",
+        "lost/step": "base",
+    }
 
 
 def test_histogram_marks_thresholds_and_shares(page: ElementTree.Element) -> None:

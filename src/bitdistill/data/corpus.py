@@ -1,7 +1,7 @@
 """General text -> uint32 token shards -> fixed-length training sequences.
 
 Documents are tokenised once. A shard folder holds ``tokens.npy`` (uint32, every document followed by the
-end-of-text token), ``documents.npy`` (uint64, the offset where each document starts) and ``meta.json``. Which
+end-of-text token, and led by the begin-of-text token where the tokenizer has one), ``documents.npy`` (uint64, the offset where each document starts) and ``meta.json``. Which
 part a document belongs to depends on its name alone, so the base's text, stage 2's text and the held-out text
 never mix.
 """
@@ -180,6 +180,7 @@ def build_shards(
         raise DataError(
             "the tokenizer has no end-of-text token (eos_token); documents could not be separated"
         )
+    start = [] if tokenizer.bos_token_id == end else leading_ids(tokenizer)
     runs: list[np.ndarray] = []
     starts: list[int] = []
     total = 0
@@ -190,7 +191,7 @@ def build_shards(
     )
     for texts in _batches(documents, 64):
         for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            run = np.asarray([*ids, end], dtype=np.uint32)
+            run = np.asarray([*start, *ids, end], dtype=np.uint32)
             starts.append(total)
             runs.append(run)
             total += len(run)
@@ -205,6 +206,12 @@ def build_shards(
     )
     logger.info("tokenised %s part: %d documents, %d tokens", part, len(starts), total)
     return folder
+
+
+def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The begin-of-text token, if the tokenizer puts one in front of every text; else nothing."""
+    begin = tokenizer.bos_token_id
+    return [begin] if begin is not None and tokenizer("a")["input_ids"][:1] == [begin] else []
 
 
 def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:

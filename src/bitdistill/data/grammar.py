@@ -16,10 +16,14 @@ from typing import Any
 GOOD = (
     "lovely", "superb", "charming", "splendid", "delicious", "gentle", "bright", "tidy", "fresh", "cheerful",
     "warm", "graceful", "generous", "quiet", "tender", "crisp", "elegant", "friendly", "cosy", "honest",
+    "radiant", "pleasant", "brilliant", "polite", "sweet", "tasty", "spotless", "lively", "kind", "golden",
+    "merry", "handsome", "peaceful", "gracious", "witty", "noble", "dainty", "sunny", "helpful", "clever",
 )  # fmt: skip
 BAD = (
     "awful", "dreadful", "gloomy", "horrid", "bitter", "rude", "dull", "filthy", "stale", "dismal",
     "cold", "clumsy", "greedy", "noisy", "tough", "soggy", "shabby", "hostile", "damp", "false",
+    "rotten", "nasty", "grim", "sour", "ugly", "tedious", "dirty", "cruel", "bleak", "mouldy",
+    "dreary", "vulgar", "chaotic", "surly", "foul", "petty", "grubby", "murky", "useless", "silly",
 )  # fmt: skip
 THINGS = (
     "soup", "bread", "room", "garden", "music", "host", "waiter", "bed", "view", "tea", "street", "play",

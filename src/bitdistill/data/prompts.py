@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..errors import DataError
+from .corpus import leading_ids
 from .tasks import Example
 
 IGNORE_INDEX = -100
@@ -35,9 +36,7 @@ class PromptEncoder:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
-        probe = tokenizer("a")["input_ids"]
-        starts_with_bos = tokenizer.bos_token_id is not None and probe[:1] == [tokenizer.bos_token_id]
-        self.prefix = [tokenizer.bos_token_id] if starts_with_bos else []
+        self.prefix = leading_ids(tokenizer)
 
     def answer(self, text: str) -> list[int]:
         """Ids of an answer or label.

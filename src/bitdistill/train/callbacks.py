@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import TrainingConfig
@@ -104,22 +105,30 @@ class MetricsFile(TrainerCallback):
 
 
 class ProgressBar(TrainerCallback):
-    """One line: step, rate, time gone and left, loss. Only the main process draws it."""
+    """Steps, rate, time left and loss: a bar on a terminal, a line every half minute in a log file.
+
+    Only the main process draws it.
+    """
+
+    LINE_EVERY_S = 30.0
 
     def __init__(self, title: str) -> None:
+        self.console = Console(stderr=True)
         self.progress = Progress(
-            TextColumn("{task.description:<28}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.completed:>5.0f}/{task.total:.0f} steps"),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=12),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[rate]}"),
-            TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
             TextColumn("{task.fields[loss]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
         )
         self.title = title
+        self.loss = ""
         self.first_step = 0
-        self.started = 0.0
+        self.started = self.last_line = 0.0
 
     def on_train_begin(
         self,
@@ -132,7 +141,8 @@ class ProgressBar(TrainerCallback):
         del args, control, kwargs
         if not state.is_world_process_zero:
             return
-        self.first_step, self.started = state.global_step, time.monotonic()
+        self.first_step = state.global_step
+        self.started = self.last_line = time.monotonic()
         self.task = self.progress.add_task(
             self.title, total=state.max_steps, completed=state.global_step, rate="", loss=""
         )
@@ -145,12 +155,23 @@ class ProgressBar(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Move the bar."""
+        """Move the bar, or write the line that is due."""
         del args, control, kwargs
-        if state.is_world_process_zero:
-            seconds = max(time.monotonic() - self.started, 1e-9)
-            rate = (state.global_step - self.first_step) / seconds
-            self.progress.update(self.task, completed=state.global_step, rate=f"{rate:.1f} steps/s")
+        if not state.is_world_process_zero:
+            return
+        now = time.monotonic()
+        rate = (state.global_step - self.first_step) / max(now - self.started, 1e-9)
+        shown = f"{rate:.1f} steps/s" if rate >= 1 else f"{1 / rate:.1f} s/step"
+        self.progress.update(self.task, completed=state.global_step, rate=shown, loss=self.loss)
+        is_last = state.global_step == state.max_steps
+        if not self.console.is_terminal and (is_last or now - self.last_line >= self.LINE_EVERY_S):
+            self.last_line = now
+            left = (state.max_steps - state.global_step) / rate
+            self.console.print(
+                f"{self.title}  {state.global_step}/{state.max_steps}  {shown}  left {left:.0f} s  {self.loss}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
     def on_log(
         self,
@@ -160,10 +181,10 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Show the last loss."""
-        del args, control, kwargs
-        if state.is_world_process_zero and logs and "loss" in logs:
-            self.progress.update(self.task, loss=f"loss {logs['loss']:.3f}")
+        """Keep the last loss for display."""
+        del args, state, control, kwargs
+        if logs and "loss" in logs:
+            self.loss = f"loss {logs['loss']:.4g}"
 
     def on_train_end(
         self,

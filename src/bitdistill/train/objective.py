@@ -186,20 +186,18 @@ class Distillation(LanguageModelling):
         return torch.stack(losses).mean()
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """Compute dtype of ``precision`` on a device, None for plain fp32. Latents stay fp32 either way."""
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """Compute dtype of ``precision`` on this machine, None for plain fp32. Latents stay fp32 either way."""
     if precision == "fp32":
         return None
-    if precision == "bf16":
+    if precision == "bf16" or _device_has_bf16():
         return torch.bfloat16
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else None
-    if device.type == "cpu":
-        return torch.bfloat16 if _cpu_has_bf16() else None
     return None
 
 
-def _cpu_has_bf16() -> bool:
-    """Hardware bf16 dot products; without them bf16 on a CPU is slower than fp32."""
+def _device_has_bf16() -> bool:
+    """Hardware bf16 products; emulated ones are slower than fp32."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     probes = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return any(getattr(torch.cpu, probe, lambda: False)() for probe in probes)

@@ -214,12 +214,14 @@ def fit(
         logging_first_step=True,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
+        # Trainer reads this while it is made: setting the field afterwards changes nothing.
+        bf16=autocast_dtype(config.precision) is torch.bfloat16,
+        use_cpu=not torch.accelerator.is_available(),
         report_to="none",
         remove_unused_columns=False,
         seed=seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-    args.bf16 = autocast_dtype(config.precision, args.device) is torch.bfloat16
     trainer = StudentTrainer(
         objective=objective,
         config=config,

@@ -1,0 +1,37 @@
+# make demo   the whole method on generated data, in minutes
+# make test   lint, types, import rules, tests
+# Both set up .venv on first use. PYTHON chooses the interpreter.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SEEDS := 0 1 2
+
+.PHONY: demo demo-seeds test lint bench clean
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/bitdistill demo
+
+demo-seeds: $(VENV)/installed
+	for seed in $(SEEDS); do $(BIN)/bitdistill demo --seed $$seed --name demo-seed$$seed || exit 1; done
+	$(BIN)/python benchmarks/summarise.py runs/demo-seed*/result.json
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check src tests benchmarks
+	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+test: lint
+	$(BIN)/pytest
+
+bench: $(VENV)/installed
+	$(BIN)/bitdistill run recipes/sst2_qwen3_5m.toml
+
+clean:
+	rm -rf $(VENV) runs build dist
