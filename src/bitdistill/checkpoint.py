@@ -132,15 +132,24 @@ class Step:
         return (self.output / RUN_FILE).is_file()
 
     def begin(self) -> None:
-        """Make or reopen the working folder.
+        """Make or reopen the working folder. One that stopped before its first checkpoint is made anew.
 
         Raises:
-            CheckpointError: the folder was made with other settings.
+            CheckpointError: the folder was made with other settings, or holds something else.
         """
+        if (self.partial / RUN_FILE).is_file() and not any(self.partial.glob("trainer/checkpoint-*")):
+            shutil.rmtree(self.partial)
         for folder in (self.output, self.partial):
             if (folder / RUN_FILE).is_file():
                 self._check_same(folder)
-        if not self.is_done:
+        if self.is_done:
+            shutil.rmtree(self.output / "trainer", ignore_errors=True)  # a kill may have left it
+        else:
+            if self.output.exists() and not (self.output.is_dir() and not any(self.output.iterdir())):
+                raise CheckpointError(
+                    f"{self.output} is there already and was not made by a finished bitdistill step. "
+                    "Nothing was changed. Use another name for the output"
+                )
             self.partial.mkdir(parents=True, exist_ok=True)
             if not (self.partial / RUN_FILE).is_file():
                 write_json(self.partial / RUN_FILE, {"status": "running", "settings": self.settings})
@@ -155,8 +164,8 @@ class Step:
             )
 
     def finish(self, metrics: dict[str, Any], seconds: float) -> Path:
-        """Write the record, drop resume files, and give the folder its final name."""
-        shutil.rmtree(self.partial / "trainer", ignore_errors=True)
+        """Write the record, give the folder its final name, and drop resume files: last, so that a kill or a full
+        disk on the way costs no training."""
         record = {
             "status": "done",
             "settings": self.settings,
@@ -166,6 +175,7 @@ class Step:
         }
         write_json(self.partial / RUN_FILE, record | provenance())
         os.rename(self.partial, self.output)
+        shutil.rmtree(self.output / "trainer", ignore_errors=True)
         return self.output
 
 

@@ -29,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console()
+console = Console(markup=False)  # paths and patterns may hold brackets
 stderr = Console(stderr=True)
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML recipe.")]
@@ -42,6 +42,9 @@ Output = Annotated[Path, typer.Option(help="Folder of the new checkpoint.")]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the result here as JSON.")
 ]
+
+INTERRUPTED = 130
+"""Exit status after Ctrl-C (128 + SIGINT), which typer turns into an exit."""
 
 _debug = False
 
@@ -87,7 +90,7 @@ def demo(
 
     with resources.as_file(resources.files("bitdistill") / "recipes" / "demo.toml") as path:
         recipe = load_recipe(
-            path, [f"output_dir='{output}'", f"seed={seed}", f"name='{name}'", *(set_ or [])]
+            path, [_set("output_dir", output), f"seed={seed}", _set("name", name), *(set_ or [])]
         )
     _run_recipe(recipe, json_path)
 
@@ -110,7 +113,8 @@ def refine(
     from .train import stage1_refine
 
     _step(stage1_refine.run, _load(recipe, set_), source, output, json_path)
-    console.print((output / "surgery.txt").read_text(encoding="utf-8").rstrip(), highlight=False)
+    surgery = (output / "surgery.txt").read_text(encoding="utf-8")
+    console.print(surgery.rstrip(), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -159,7 +163,7 @@ def distill(
     """Stage 3: fine-tune a student on the recipe's task beside a teacher."""
     from .train import stage3_distill
 
-    config = _load(recipe, [*(set_ or []), f"distill.teacher='{teacher}'"])
+    config = _load(recipe, [*(set_ or []), _set("distill.teacher", teacher)])
     _step(stage3_distill.run, config, source, output, json_path)
 
 
@@ -204,7 +208,7 @@ def inspect(
 
     result = inspect_checkpoint(source)
     for key, value in result.items():
-        console.print(f"{key:<24} {value}", highlight=False)
+        console.print(f"{key:<24} {value}", highlight=False, soft_wrap=True)
     _write_json(json_path, result)
 
 
@@ -220,6 +224,11 @@ def report(
     for path in paths:
         console.print(path, highlight=False, soft_wrap=True)
     _write_json(json_path, {"html": paths[0], "markdown": paths[1]})
+
+
+def _set(key: str, text: object) -> str:
+    """An override whose value is text, whatever characters it holds."""
+    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
 
 
 def _load(path: Path, overrides: list[str] | None) -> "Recipe":
@@ -307,6 +316,8 @@ def _remedy(error: BaseException) -> str | None:
             "a checkpoint could not be written (is the disk full?); the one before it is kept. "
             "Free some space and run the same command again"
         )
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror.lower()}; check the path and its permissions"
     return None
 
 
@@ -319,9 +330,10 @@ def main() -> None:
             raise
         stderr.print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        stderr.print("stopped; run the same command again to continue", highlight=False)
-        sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == INTERRUPTED:
+            stderr.print("stopped; run the same command again to continue", highlight=False)
+        raise
     except Exception as error:
         remedy = _remedy(error)
         if _debug or remedy is None:

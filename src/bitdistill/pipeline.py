@@ -28,6 +28,7 @@ from .recipe import to_dict
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
 from .train.loading import load_model, load_tokenizer
 from .train.size import model_size
+from .train.step import is_main_process, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 
@@ -128,7 +129,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if method.name == "fp16_sft" and teacher is None:
             teacher = checkpoint
         result = {"meta": _meta(recipe, task, time.monotonic() - started)} | rows
-        write_json(recipe.run_dir / "result.json", result)
+        if is_main_process():
+            write_json(recipe.run_dir / "result.json", result)
     return result
 
 
@@ -183,30 +185,31 @@ def _run_method(
 
 
 def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> Evaluation:
-    """Evaluate a finished step on a split of the task; the result is kept in the step's folder."""
+    """Evaluate a finished step on a split of the task; the result is kept in the step's folder.
+
+    With several processes the main one evaluates and the others wait for its file.
+    """
     path = checkpoint / f"eval-{split}.json"
     key = task.digest
-    if path.is_file():
-        stored = read_json(path)
-        if stored.get("task_digest") == key:
-            return Evaluation.of(stored["metric"], [c == "1" for c in stored["correct"]])
-    evaluation = evaluate_model(recipe, task, checkpoint, split)
-    correct = "".join("1" if c else "0" for c in evaluation.correct)
-    write_json(
-        path,
-        {
-            "metric": evaluation.metric,
-            "value": evaluation.value,
-            "stderr": evaluation.stderr,
-            "task_digest": key,
-            "correct": correct,
-        },
-    )
-    return evaluation
+    if is_main_process() and not (path.is_file() and _read_json(path)["task_digest"] == key):
+        found = evaluate_model(recipe, task, checkpoint, split)
+        correct = "".join("1" if c else "0" for c in found.correct)
+        write_json(
+            path,
+            {
+                "metric": found.metric,
+                "value": found.value,
+                "stderr": found.stderr,
+                "task_digest": key,
+                "correct": correct,
+            },
+        )
+    wait_for_everyone()
+    stored = _read_json(path)
+    return Evaluation.of(stored["metric"], [c == "1" for c in stored["correct"]])
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file that this package wrote."""
+def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 

@@ -45,13 +45,9 @@ def test_summary_of_a_wide_gap(tmp_path: Path) -> None:
 
 def test_summary_of_a_small_gap(tmp_path: Path) -> None:
     text = summary_of(tmp_path, four(0.92, 0.90, 0.89, 0.915))
+    assert "0.5 points below FP16-SFT (92.0%), the better full-precision row, and within two standard" in text
     assert (
-        "0.5 points below FP16-SFT (92.0%), the better full-precision row, and within two standard"
-        in text
-    )
-    assert (
-        "BitNet-SFT is only 3.0 points below FP16-SFT: the gap is too small to speak of gap closure."
-        in text
+        "BitNet-SFT is only 3.0 points below FP16-SFT: the gap is too small to speak of gap closure." in text
     )
     assert "It closes" not in text
 
@@ -84,9 +80,7 @@ def test_gap_of_exactly_four_points_counts(tmp_path: Path, bitnet: float, speaks
     assert ("It closes 75% of the 4.0 points" in text) == speaks
 
 
-@pytest.mark.parametrize(
-    ("majority", "warns"), [(0.90, False), (0.901, True), (0.96, True), (None, False)]
-)
+@pytest.mark.parametrize(("majority", "warns"), [(0.90, False), (0.901, True), (0.96, True), (None, False)])
 def test_uninformative_below_five_points(tmp_path: Path, majority: float | None, warns: bool) -> None:
     assert ("uninformative" in summary_of(tmp_path, four(0.95, 0.90, 0.85, 0.94), majority)) == warns
 

@@ -1,12 +1,13 @@
 """General text -> uint32 token shards -> fixed-length training sequences.
 
-Documents are tokenised once. A shard folder holds ``tokens.npy`` (uint32, every document followed by the
-end-of-text token, and led by the begin-of-text token where the tokenizer has one), ``documents.npy`` (uint64, the offset where each document starts) and ``meta.json``. Which
-part a document belongs to depends on its name alone, so the base's text, stage 2's text and the held-out text
-never mix.
+Documents are tokenised once. A shard folder holds ``tokens.npy`` (uint32; every document is followed by the
+end-of-text token, and led by the begin-of-text token where the tokenizer has one), ``documents.npy`` (uint64, the
+offset where each document starts) and ``meta.json``. Which part a document belongs to depends on its name alone, so
+the base's text, stage 2's text and the held-out text never mix.
 """
 
 import hashlib
+import itertools
 import json
 import logging
 from collections.abc import Iterable, Iterator
@@ -15,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -63,7 +65,7 @@ def read_documents(config: CorpusConfig) -> Iterator[tuple[str, str]]:
     if not config.source:
         raise DataError("corpus.source is empty: name a file, a folder, hub:NAME or grammar")
     if config.source == "grammar":
-        yield from grammar.corpus_documents()
+        yield from itertools.islice(grammar.corpus_documents(), config.max_documents or None)
         return
     if config.source.startswith("hub:"):
         yield from _hub_documents(config)
@@ -91,14 +93,18 @@ def _file_documents(path: Path, column: str) -> Iterator[str]:
     if path.suffix == ".txt":
         yield from _pieces(path.read_text(encoding="utf-8", errors="replace"))
     elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as stream:
+        # What is not UTF-8 is replaced, as in text files: one bad byte must not end a long run.
+        with path.open(encoding="utf-8", errors="replace") as stream:
             for number, line in enumerate(stream, start=1):
                 if line.strip():
                     yield _row_text(_parse_row(line, f"{path}:{number}"), column, f"{path}:{number}")
     else:
         import pyarrow.parquet as parquet
 
-        table = parquet.ParquetFile(path)
+        try:
+            table = parquet.ParquetFile(path)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: not a readable parquet file ({error})") from error
         if column not in table.schema_arrow.names:
             raise DataError(
                 f"{path}: no column {column!r}; it has {', '.join(table.schema_arrow.names)}. "
@@ -168,13 +174,22 @@ def build_shards(
 ) -> Path:
     """Tokenise one part of a corpus into a shard folder under ``cache_dir``; reuse it if it is there.
 
+    With several processes one does the work and the others wait for it.
+
     Raises:
         DataError: the part holds no document.
     """
     key = digest_of([source_digest(config), part, _tokenizer_digest(tokenizer)])
     folder = cache_dir / f"{part}-{key}"
-    if (folder / "meta.json").is_file():
-        return folder
+    with PartialState().main_process_first():
+        if not (folder / "meta.json").is_file():
+            _tokenize_part(config, part, tokenizer, folder)
+    return folder
+
+
+def _tokenize_part(
+    config: CorpusConfig, part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
     end = tokenizer.eos_token_id
     if end is None:
         raise DataError(
@@ -205,7 +220,6 @@ def build_shards(
         {"part": part, "documents": len(starts), "tokens": total, "source": config.source},
     )
     logger.info("tokenised %s part: %d documents, %d tokens", part, len(starts), total)
-    return folder
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

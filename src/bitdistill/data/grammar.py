@@ -1,10 +1,12 @@
 """A seeded grammar: a small general corpus and a sentiment task, generated, so that nothing need be downloaded.
 
-The corpus talks about people, places and what they are like; it uses every word of the task in plain statements
-("the soup was awful, and Ann was sad"), so a base pre-trained on it knows which adjectives go together.
-The task asks how a visit left the visitor. What decides is the last clause after a "but", or else the only one; a
-negation turns it; "hardly" and "far from" negate too; an opinion that somebody else holds does not count.
-So counting good and bad words is not enough: clause order, scope and holder have to be read.
+A review is a chain of clauses about things. Every adjective has a weight from -3 to 3; "slightly" counts once,
+no adverb twice, "very" three times; a negation turns the clause round; what follows a "but" counts double; what
+somebody else said does not count. The task is whether the sum is above zero, so words, scope, order and holder
+have to be weighed against each other: a model may be nearly right, and precision shows.
+
+The corpus tells of people, places and things and ends reviews with a feeling that grows with the same sum ("So
+Ann was delighted ."), so a base pre-trained on it knows the words and what follows from them.
 
 Frozen: changing anything here changes every committed result of the demo.
 """
@@ -13,31 +15,29 @@ import random
 from collections.abc import Iterator
 from typing import Any
 
-GOOD = (
-    "lovely", "superb", "charming", "splendid", "delicious", "gentle", "bright", "tidy", "fresh", "cheerful",
-    "warm", "graceful", "generous", "quiet", "tender", "crisp", "elegant", "friendly", "cosy", "honest",
-    "radiant", "pleasant", "brilliant", "polite", "sweet", "tasty", "spotless", "lively", "kind", "golden",
-    "merry", "handsome", "peaceful", "gracious", "witty", "noble", "dainty", "sunny", "helpful", "clever",
-)  # fmt: skip
-BAD = (
-    "awful", "dreadful", "gloomy", "horrid", "bitter", "rude", "dull", "filthy", "stale", "dismal",
-    "cold", "clumsy", "greedy", "noisy", "tough", "soggy", "shabby", "hostile", "damp", "false",
-    "rotten", "nasty", "grim", "sour", "ugly", "tedious", "dirty", "cruel", "bleak", "mouldy",
-    "dreary", "vulgar", "chaotic", "surly", "foul", "petty", "grubby", "murky", "useless", "silly",
-)  # fmt: skip
-THINGS = (
-    "soup", "bread", "room", "garden", "music", "host", "waiter", "bed", "view", "tea", "street", "play",
-    "market", "museum", "boat", "train", "library", "cake", "harbour", "concert",
-)  # fmt: skip
-PEOPLE = (
-    "Ann", "Ben", "Cora", "Dan", "Eve", "Finn", "Gail", "Hugo", "Iris", "Jack", "Kate", "Leo", "Mona", "Ned",
-)  # fmt: skip
-PLACES = ("inn", "village", "castle", "cafe", "theatre", "farm", "school", "hotel", "valley", "island")
-INTENSIFIERS = ("", "", "", "very ", "really ", "quite ", "rather ", "so ")
-NEGATIONS = ("not ", "never ", "hardly ", "far from ")
-PLEASED = ("glad", "happy", "pleased", "content")
-UPSET = ("sad", "cross", "upset", "sorry")
-VERBS = ("walked", "travelled", "hurried", "wandered", "rode", "returned")
+ADJECTIVES = {
+    3: ("superb", "splendid", "delicious", "brilliant", "perfect", "gorgeous"),
+    2: ("lovely", "charming", "elegant", "cheerful", "friendly", "tasty"),
+    1: ("tidy", "fresh", "quiet", "decent", "polite", "cosy"),
+    -1: ("plain", "dull", "chilly", "noisy", "clumsy", "damp"),
+    -2: ("shabby", "rude", "stale", "gloomy", "sour", "dirty"),
+    -3: ("awful", "dreadful", "horrid", "rotten", "filthy", "hostile"),
+}
+DEGREES = (("slightly ", 1), ("", 2), ("very ", 3))
+NEGATIONS = ("not ", "never ", "hardly ")
+THINGS = ("soup", "bread", "room", "garden", "music", "host", "bed", "view", "tea", "play", "street", "cake")
+PEOPLE = ("Ann", "Ben", "Cora", "Dan", "Eve", "Finn", "I", "I")
+PLACES = ("inn", "castle", "cafe", "theatre", "farm", "hotel")
+VERBS = ("walked", "travelled", "returned")
+FEELINGS = (
+    (-14, ("furious", "miserable")),
+    (-5, ("sad", "cross")),
+    (0, ("bored", "uneasy")),
+    (5, ("calm", "content")),
+    (14, ("glad", "happy")),
+    (10_000, ("delighted", "thrilled")),
+)
+"""Upper bound of the sum -> words for it."""
 
 CORPUS_DOCUMENTS = 2400
 SENTENCES_PER_DOCUMENT = 12
@@ -47,7 +47,7 @@ _CORPUS_SEED, _TRAIN_SEED, _TEST_SEED = 20251013, 20251014, 20251015
 
 
 class _Writer:
-    """Draws sentences from one random stream."""
+    """Draws texts from one random stream."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
@@ -55,49 +55,45 @@ class _Writer:
     def pick(self, options: tuple[str, ...]) -> str:
         return self.rng.choice(options)
 
-    def opinion(self, good: bool) -> str:
-        """A clause whose meaning is ``good``; one in three reaches it through a negation."""
-        negated = self.rng.random() < 1 / 3
-        adjective = self.pick(GOOD if good != negated else BAD)
-        degree = self.pick(NEGATIONS) if negated else self.pick(INTENSIFIERS)
-        return f"the {self.pick(THINGS)} was {degree}{adjective}"
+    def clause(self) -> tuple[str, int]:
+        """A clause and what it counts."""
+        weight = self.rng.choice(tuple(ADJECTIVES))
+        degree, times = self.rng.choice(DEGREES)
+        negation, sign = (self.pick(NEGATIONS), -1) if self.rng.random() < 0.2 else ("", 1)
+        text = f"the {self.pick(THINGS)} was {negation}{degree}{self.pick(ADJECTIVES[weight])}"
+        return text, sign * times * weight
 
-    def review(self, good: bool) -> str:
-        """A task text that leaves the visitor glad if ``good``."""
-        shape = self.rng.randrange(5)
-        if shape == 0:
-            text = self.opinion(good)
-        elif shape == 1:
-            text = f"{self.opinion(not good)} , but {self.opinion(good)}"
-        elif shape == 2:
-            text = f"{self.opinion(good)} , and {self.opinion(good)}"
-        elif shape == 3:
-            other = self.opinion(self.rng.random() < 0.5)
-            text = f"{self.pick(PEOPLE)} said that {other} , but I thought that {self.opinion(good)}"
-        else:
-            other = self.opinion(self.rng.random() < 0.5)
-            text = f"I thought that {self.opinion(good)} , though {self.pick(PEOPLE)} said that {other}"
-        place = f"at the {self.pick(PLACES)} "
-        return f"{place if self.rng.random() < 0.5 else ''}{text} ."
+    def review(self) -> tuple[str, int]:
+        """Two to four clauses and their sum."""
+        count = self.rng.randint(2, 4)
+        turn = self.rng.randint(1, count - 1) if self.rng.random() < 0.5 else count
+        text, total = self.clause()
+        for index in range(1, count):
+            clause, value = self.clause()
+            text += f" , {'but' if index == turn else 'and'} {clause}"
+            total += value * (2 if index >= turn else 1)
+        if self.rng.random() < 0.25:
+            clause, _ = self.clause()
+            text += f" , though {self.pick(PEOPLE[:-2])} said that {clause}"
+        if self.rng.random() < 0.5:
+            text = f"at the {self.pick(PLACES)} {text}"
+        return text, total
 
     def sentence(self) -> str:
-        """A corpus sentence; feelings follow opinions as they would in life."""
-        person, good = self.pick(PEOPLE), self.rng.random() < 0.5
-        feeling = self.pick(PLEASED if good else UPSET)
-        shape = self.rng.randrange(6)
-        if shape == 0:
-            adjectives = GOOD if good else BAD
-            first, second = self.rng.sample(adjectives, 2)
-            return f"the {self.pick(THINGS)} of the {self.pick(PLACES)} was {first} and {second} ."
-        if shape == 1:
+        """A corpus sentence."""
+        person = self.pick(PEOPLE)
+        if self.rng.random() < 0.15:
             return f"{person} {self.pick(VERBS)} to the {self.pick(PLACES)} with {self.pick(PEOPLE)} ."
-        if shape == 2:
-            return f"{self.opinion(good)} , so {person} was {feeling} ."
-        if shape == 3:
-            return f"{person} was {feeling} because {self.opinion(good)} ."
-        if shape == 4:
-            return f"{self.opinion(not good)} , but {self.opinion(good)} , and {person} was {feeling} ."
-        return f"{person} said that {self.opinion(good)} ."
+        if self.rng.random() < 0.3:
+            text, total = self.clause()
+            return f"{text} . So {person} was {self.pick(feelings(2 * total))} ."
+        text, total = self.review()
+        return f"{text} . So {person} was {self.pick(feelings(total))} ."
+
+
+def feelings(total: int) -> tuple[str, ...]:
+    """Words for how a review of this sum leaves its writer."""
+    return next(words for bound, words in FEELINGS if total <= bound)
 
 
 def corpus_documents() -> Iterator[tuple[str, str]]:
@@ -116,13 +112,15 @@ def task_rows(split: str) -> list[dict[str, Any]]:
 
 
 def _draw(seed: int, count: int, exclude: set[str]) -> list[dict[str, Any]]:
+    """Reviews with a sum other than 0, half of them good."""
     writer = _Writer(seed)
     rows: list[dict[str, Any]] = []
     seen = set(exclude)
     while len(rows) < count:
-        label = len(rows) % 2
-        text = writer.review(good=bool(label))
-        if text not in seen:
-            seen.add(text)
-            rows.append({"text": text, "label": label})
+        review, total = writer.review()
+        text, label = f"{review} .", int(total > 0)
+        if total == 0 or label != len(rows) % 2 or text in seen:
+            continue
+        seen.add(text)
+        rows.append({"text": text, "label": label})
     return rows

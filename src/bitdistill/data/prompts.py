@@ -55,12 +55,27 @@ class PromptEncoder:
         return list(ids)
 
     def prompts(self, texts: Sequence[str], room: int) -> list[list[int]]:
-        """Ids of prompts, each leaving ``room`` tokens for the answer."""
+        """Ids of prompts, each leaving ``room`` tokens for the answer.
+
+        Raises:
+            DataError: there is no room for a prompt, or a prompt has no tokens.
+        """
         if not texts:
             return []
         limit = self.max_length - len(self.prefix) - room
+        if limit < 1:
+            raise DataError(
+                f"answers of up to {room} tokens leave no room for a prompt; raise task.max_length "
+                f"(now {self.max_length}) or lower task.max_new_tokens"
+            )
         rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        return [self.prefix + list(ids[-limit:]) for ids in rows]
+        prompts = [self.prefix + list(ids[-limit:]) for ids in rows]
+        if not all(prompts):
+            raise DataError(
+                f"prompt {texts[prompts.index([])]!r} has no tokens; a model needs something to go on: "
+                "check task.template and the data"
+            )
+        return prompts
 
     def examples(self, examples: Sequence[Example], *, end: bool) -> list[Encoded]:
         """Ids of whole examples; ``end`` appends the end-of-text token to answers."""

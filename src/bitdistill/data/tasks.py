@@ -6,6 +6,7 @@ alone, so that every method and every seed of a study sees the same examples.
 """
 
 import csv
+import io
 import json
 import random
 import string
@@ -173,7 +174,7 @@ class _ExampleBuilder:
         stripped = [label.strip() for label in self.labels]
         if text in stripped:
             return stripped.index(text)
-        if text.isdigit() and int(text) < len(self.labels):
+        if text.isdecimal() and int(text) < len(self.labels):
             return int(text)
         raise DataError(
             f"{where}: label {value!r} is not one of {', '.join(stripped)} "
@@ -232,11 +233,13 @@ def _read_jsonl(path: Path) -> list[Row]:
     return _not_empty(rows, path)
 
 
-def _open(path: Path) -> Any:
+def _open(path: Path) -> io.StringIO:
     try:
-        return path.open(encoding="utf-8", newline="")
+        return io.StringIO(path.read_text(encoding="utf-8"), newline="")
     except OSError as error:
         raise DataError(f"{path}: cannot read it ({error.strerror}); check task.data_dir") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it, or check task.data_dir") from error
 
 
 def _not_empty(rows: list[Row], path: Path) -> list[Row]:

@@ -67,9 +67,7 @@ def _method(path: Path, key: str, row: object) -> Method:
         raise _damaged(path, f'the score of "{clean(key)}" is {clean(score)!r}, not a number')
     steps, times, grid = row.get("steps") or [], row.get("time_s") or {}, row.get("grid") or {}
     if not (isinstance(steps, list) and isinstance(times, dict) and isinstance(grid, dict)):
-        raise _damaged(
-            path, f'"steps", "time_s" or "grid" of "{clean(key)}" has another shape than expected'
-        )
+        raise _damaged(path, f'"steps", "time_s" or "grid" of "{clean(key)}" has another shape than expected')
     validation = row.get("validation_accuracy", row.get("validation_exact_match"))
     return Method(
         key=clean(key),
@@ -143,8 +141,7 @@ def _steps(run_dir: Path, methods: list[Method], notes: list[str]) -> list[StepR
             parent = path
     times = {path: seconds for method in methods for path, seconds in method.time_s.items()}
     return [
-        _step(files, path, parent, tuple(users[path]), times.get(path))
-        for path, parent in parents.items()
+        _step(files, path, parent, tuple(users[path]), times.get(path)) for path, parent in parents.items()
     ]
 
 
@@ -185,9 +182,7 @@ def _weights(files: _Files, name: str) -> Weights | None:
         return None
     edges, counts = _list(value.get("edges")), _list(value.get("counts"))
     rises = all(left < right for left, right in pairwise(edges))
-    if not (
-        rises and len(edges) == len(counts) + 1 and min(counts, default=-1) >= 0 and sum(counts) > 0
-    ):
+    if not (rises and len(edges) == len(counts) + 1 and min(counts, default=-1) >= 0 and sum(counts) > 0):
         files.is_damaged(name)
         return None
     return Weights(

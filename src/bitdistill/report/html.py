@@ -106,9 +106,7 @@ def _section(table: Table, chart: Chart | None = None) -> str:
 def _table(table: Table) -> str:
     def cell(tag: str, column: int, text: str) -> str:
         kind = ' class="text"' if column < table.num_text else ""
-        lines = (
-            "<br/>".join(_e(part) for part in text.split("; ")) if column >= table.num_text else _e(text)
-        )
+        lines = "<br/>".join(_e(part) for part in text.split("; ")) if column >= table.num_text else _e(text)
         return f"<{tag}{kind}>{lines}</{tag}>"
 
     def line(tag: str, cells: tuple[str, ...]) -> str:
@@ -122,9 +120,7 @@ def _table(table: Table) -> str:
 
 
 def _notes(notes: tuple[str, ...]) -> str:
-    return (
-        f'<ul class="notes">{"".join(f"<li>{_e(note)}</li>" for note in notes)}</ul>\n' if notes else ""
-    )
+    return f'<ul class="notes">{"".join(f"<li>{_e(note)}</li>" for note in notes)}</ul>\n' if notes else ""
 
 
 def _figure(chart: Chart) -> str:

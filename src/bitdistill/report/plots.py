@@ -73,9 +73,7 @@ def accuracy_chart(report: RunReport) -> Chart | None:
             bar.patches[0].set_alpha(0.45 if ablation else 0.85)
             if error:
                 axes.errorbar(value, y, xerr=error, color=INK, linewidth=1.5)
-            label = axes.text(
-                0, y - 0.27, textwrap.shorten(m.label, 52, placeholder=" ..."), va="bottom"
-            )
+            label = axes.text(0, y - 0.27, textwrap.shorten(m.label, 52, placeholder=" ..."), va="bottom")
             label.set_in_layout(False)  # a long label must not shrink the bars
             axes.text(value + error + 1, y, f"{value:.1f}", va="center")
         legend = "whiskers: ± 1 standard error"
@@ -117,9 +115,7 @@ def _loss_charts(step: StepRecord) -> list[Chart]:
         charts = [_loss_chart(step, "Loss parts, raw", raw)]
         if weighted:  # the weight of CE is 1
             parts = {
-                name: weighted.get(name, curve)
-                for name, curve in raw.items()
-                if name in {"ce", *weighted}
+                name: weighted.get(name, curve) for name, curve in raw.items() if name in {"ce", *weighted}
             }
             charts.append(_loss_chart(step, "Loss parts, weighted", parts | {"total": total}))
         return charts
@@ -141,9 +137,9 @@ def _lines(step: StepRecord, title: str, curves: dict[str, Curve], *, is_log: bo
             colour = INK if name == "total" else PART_COLOURS.get(name)
             colour = colour or (BLUE if len(curves) == 1 else next(spare, MUTED))
             marker = "." if len(xs) < 12 else ""
-            axes.plot(
-                xs, ys, color=colour, marker=marker, label=PART_NAMES.get(name, name.replace("_", " "))
-            )
+            dash = "--" if name == "total" else "-"  # often covers its largest part
+            label = PART_NAMES.get(name, name.replace("_", " "))
+            axes.plot(xs, ys, color=colour, marker=marker, linestyle=dash, label=label)
         axes.set_xlabel("optimizer step")
         if is_log:
             axes.set_yscale("log")
@@ -170,7 +166,7 @@ def _histogram(step: StepRecord, after: Weights, before: Weights | None) -> Char
         for threshold in (-0.5, 0.5):
             axes.axvline(threshold, color=ORANGE, linewidth=1.1, linestyle="--")
         places: tuple[Literal["left", "center", "right"], ...] = ("left", "center", "right")
-        shares = (("−1", after.minus_frac), ("0", after.zero_frac), ("+1", after.plus_frac))
+        shares = (("-1", after.minus_frac), ("0", after.zero_frac), ("+1", after.plus_frac))
         for place, (code, share) in zip(places, shares, strict=True):
             if share is not None:
                 axes.set_title(f"{code}: {percent(share, 1)}", loc=place, size=9)

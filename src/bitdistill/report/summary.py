@@ -41,9 +41,7 @@ def summary(report: RunReport) -> str:
 
 def _opening(report: RunReport, student: Method, full: Method | None) -> str:
     items = number(report.meta.get("eval_items"))
-    on = f"{report.meta.get('task') or 'the task'}" + (
-        f" ({items:,.0f} evaluation items)" if items else ""
-    )
+    on = f"{report.meta.get('task') or 'the task'}" + (f" ({items:,.0f} evaluation items)" if items else "")
     reached = f"On {on}, {student.label} reaches {percent(student.score, 1)} {report.metric}"
     if full is None:
         return f"{reached}; there is no full-precision row to hold it against."
@@ -94,9 +92,7 @@ def _closure(student: Method | None, direct: Method, full: Method) -> str:
 
 def _size(full: Method, student: Method) -> str:
     large, small = full.size_bytes or 1.0, student.size_bytes or 1.0
-    ratio = (
-        f"{large / small:.1f} times smaller" if large >= small else f"{small / large:.1f} times larger"
-    )
+    ratio = f"{large / small:.1f} times smaller" if large >= small else f"{small / large:.1f} times larger"
     return (
         f"As stored, embeddings included, the student takes {human_bytes(small)} against "
         f"{human_bytes(large)} for {full.label}: {ratio}."

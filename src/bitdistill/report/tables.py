@@ -13,7 +13,7 @@ SIZE_RULE = (
 SHARE_RULES = (
     "Shares of the codes of all ternary linears; in full precision, of the codes these would have.",
     "Near threshold: latents within 0.05 of half their scale.",
-    "Flip rate: codes that differ from those of the step before; – if there is none to compare with.",
+    "Flip rate: codes that differ from those of the step before; a dash if there is none to compare with.",
 )
 
 
@@ -98,10 +98,7 @@ def _times(report: RunReport, method: Method) -> str:
         step = report.step(path)
         return SHORT_STAGES.get(step.stage if step else "", path)
 
-    return (
-        "; ".join(f"{name(path)} {duration(method.time_s.get(path))}" for path in method.steps)
-        or MISSING
-    )
+    return "; ".join(f"{name(path)} {duration(method.time_s.get(path))}" for path in method.steps) or MISSING
 
 
 def grid_table(report: RunReport) -> Table | None:
@@ -141,14 +138,14 @@ def weights_table(report: RunReport) -> Table:
             percent(w.zero_frac),
             percent(w.plus_frac),
             percent(w.near_threshold_frac),
-            "–" if w.flip_rate is None else percent(w.flip_rate),
+            "-" if w.flip_rate is None else percent(w.flip_rate),
         )
         for step in recorded
         if (w := step.weights)
     ]
     return Table(
         title="Trit shares",
-        header=("Step", "−1", "0", "+1", "Near threshold", "Flip rate"),
+        header=("Step", "-1", "0", "+1", "Near threshold", "Flip rate"),
         rows=rows,
         notes=(*SHARE_RULES, f"Not recorded: {', '.join(absent)}.") if absent else SHARE_RULES,
     )
@@ -185,7 +182,7 @@ def steps_table(report: RunReport) -> Table:
 
 def _last(step: StepRecord, key: str, form: str) -> str:
     value = next((line[key] for line in reversed(step.log) if key in line), None)
-    absent = "–" if step.stage == "stage1_refine" else MISSING  # surgery takes no optimizer step
+    absent = "-" if step.stage == "stage1_refine" else MISSING  # surgery takes no optimizer step
     return absent if value is None else format(value, form)
 
 

@@ -4,9 +4,9 @@ from .records import StepRecord
 
 MISSING = "not recorded"
 STAGES = {
-    "stage1_refine": "1, refinement",
-    "stage2_pretrain": "2, continued pre-training",
-    "stage3_distill": "3, distillation-based fine-tuning",
+    "stage1_refine": "stage 1, refinement",
+    "stage2_pretrain": "stage 2, continued pre-training",
+    "stage3_distill": "stage 3, distillation-based fine-tuning",
     "sft": "fine-tuning on the task",
 }
 SHORT_STAGES = {

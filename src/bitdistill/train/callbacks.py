@@ -59,10 +59,14 @@ class MetricsFile(TrainerCallback):
         control: TrainerControl,
         **kwargs: Any,
     ) -> None:
-        """Keep the lines of the steps that the resumed checkpoint has seen."""
+        """Start or continue the file."""
         del args, control, kwargs
+        self.reopen(state.global_step, is_writer=state.is_world_process_zero)
+
+    def reopen(self, step: int, *, is_writer: bool) -> None:
+        """Keep the lines of the steps that the resumed checkpoint has seen, up to ``step``."""
         self.started = time.monotonic()
-        if not state.is_world_process_zero:
+        if not is_writer:
             return
         kept = []
         if self.path.is_file():
@@ -71,8 +75,9 @@ class MetricsFile(TrainerCallback):
                     record = json.loads(line)
                 except json.JSONDecodeError:  # a line the kill cut short
                     continue
-                if record["step"] <= state.global_step:
+                if record["step"] <= step:
                     kept.append(line)
+                    self.last = record
                     self.time_before = record["perf/time_s"]
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")

@@ -1,9 +1,9 @@
 """Load and save models and tokenizers, with one clear error for whatever is wrong with them."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -24,19 +24,45 @@ def load_model(source: str | Path, revision: str | None = None) -> PreTrainedMod
     """
     students.register_students()
     hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     _check_exists(source)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            str(source), revision=revision, dtype=torch.float32, output_loading_info=True
+            str(source),
+            revision=revision,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with the name of the tensor
         )
-    except (OSError, ValueError, SafetensorError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{source}: the model does not load: {_first_line(error)}") from error
+    except Exception as error:  # a damaged config or weight file can fail in any way
+        raise _refusal(source, "model", error) from error
+    _check_tensors(source, model, report)
+    return model
+
+
+def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+    """Every tensor of the model came from the checkpoint, in its shape, and is finite."""
+    mismatched = sorted(report["mismatched_keys"])
+    if mismatched:
+        name, there, wanted = mismatched[0]
+        raise CheckpointError(
+            f"{source}: {name} has shape {list(there)} where config.json asks for {list(wanted)}; the two files "
+            "belong to different models. Fetch or make the checkpoint again"
+        )
     missing = sorted(report["missing_keys"])
     if missing:
+        others = sorted(report["unexpected_keys"])
+        also = f" and holds {others[0]}, which has no place in the model" if others else ""
         raise CheckpointError(
-            f"{source}: the checkpoint lacks {len(missing)} tensors, {missing[0]} for one; it is incomplete"
+            f"{source}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all){also}; it is incomplete "
+            "or its tensors were renamed. Fetch or make it again"
         )
-    return model
+    for name, tensor in model.state_dict().items():
+        if not tensor.isfinite().all():
+            raise CheckpointError(
+                f"{source}: {name} holds NaN or infinite values; the checkpoint is damaged or its training "
+                "diverged. Fetch or make it again"
+            )
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -44,8 +70,8 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
     _check_exists(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{source}: the tokenizer does not load: {_first_line(error)}") from error
+    except Exception as error:  # a damaged tokenizer file can fail in any way
+        raise _refusal(source, "tokenizer", error) from error
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{source}: the tokenizer has no end-of-text token (eos_token)")
     if tokenizer.pad_token_id is None:
@@ -70,5 +96,19 @@ def _check_exists(source: str | Path) -> None:
         raise CheckpointError(f"{source}: no such folder")
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _where(source: str | Path) -> str:
+    """The source as an error names it: a name that is no folder was looked for on the hub."""
+    return str(source) if Path(source).is_dir() else f"{source} (no such folder here, so taken for a hub id)"
+
+
+def _refusal(source: str | Path, what: str, error: Exception) -> CheckpointError:
+    """What is wrong in one line, and the remedy."""
+    text = " ".join(str(error).split())
+    text = text if " " in text else f"{type(error).__name__} {text}".strip()
+    text = text if len(text) < 300 else f"{text[:300]} ..."
+    remedy = {
+        "model": "fetch or make the checkpoint again",
+        "tokenizer": "put the model's tokenizer.json and tokenizer_config.json into the folder",
+    }
+    advice = remedy[what] if Path(source).is_dir() else "check the path"
+    return CheckpointError(f"{_where(source)}: the {what} does not load; {advice}. Reason: {text}")

@@ -170,19 +170,22 @@ class Distillation(LanguageModelling):
     ) -> Tensor:
         """Sum over rows, mean over the distilled layers."""
         masked = self.distill.relation_mask != "none"
-        losses = [
-            relation_kd(
-                states_s[layer_s],
-                states_t[layer_t],
-                heads=self.distill.relation_heads,
-                form=self.distill.relation_form,
-                temperature=self.distill.relation_temperature,
-                query_mask_BT=real_BT if masked else None,
-                key_mask_BT=real_BT if masked else None,
-                causal=self.distill.relation_mask == "causal",
-            )
-            for layer_s, layer_t in self.layer_pairs
-        ]
+        try:
+            losses = [
+                relation_kd(
+                    states_s[layer_s],
+                    states_t[layer_t],
+                    heads=self.distill.relation_heads,
+                    form=self.distill.relation_form,
+                    temperature=self.distill.relation_temperature,
+                    query_mask_BT=real_BT if masked else None,
+                    key_mask_BT=real_BT if masked else None,
+                    causal=self.distill.relation_mask == "causal",
+                )
+                for layer_s, layer_t in self.layer_pairs
+            ]
+        except ValueError as error:
+            raise TrainingError(str(error)) from error
         return torch.stack(losses).mean()
 
 

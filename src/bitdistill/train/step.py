@@ -20,6 +20,11 @@ def is_main_process() -> bool:
     return bool(PartialState().is_main_process)
 
 
+def wait_for_everyone() -> None:
+    """Barrier; returns at once with one process."""
+    PartialState().wait_for_everyone()
+
+
 def run_step(output_dir: Path, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> Path:
     """Call ``work(folder)`` unless the step is done already; returns the finished folder.
 

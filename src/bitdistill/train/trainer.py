@@ -16,11 +16,10 @@ import torch
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging as hf_logging
 
 from ..config import TrainingConfig
-from ..errors import TrainingError
+from ..errors import CheckpointError, TrainingError
 from .callbacks import MetricsFile, ProgressBar, StepSchedules
 from .objective import LanguageModelling, autocast_dtype
 from .schedule import learning_rate_factor
@@ -131,9 +130,10 @@ class StudentTrainer(Trainer):
         outputs = model(**inputs, totals=num_items_in_batch)
         loss = outputs["loss"]
         if not torch.isfinite(loss):
+            kept = self.state.global_step // int(self.args.save_steps) * int(self.args.save_steps)
             raise TrainingError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}; checkpoints up to "
-                f"step {self.state.global_step // self.args.save_steps * int(self.args.save_steps)} are kept. "
+                f"the loss became {loss.item()} at step {self.state.global_step + 1}; "
+                f"{f'the checkpoint of step {kept} is kept' if kept else 'there is no checkpoint yet'}. "
                 f"Lower the learning rate (now {self.config.learning_rate:g}) or max_grad_norm, or set "
                 "precision = 'fp32'"
             )
@@ -163,9 +163,16 @@ class StudentTrainer(Trainer):
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
         del model
+        student = self.objective.student
         state = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        self.objective.student.load_state_dict(state, strict=False)
-        self.objective.student.tie_weights()
+        result = student.load_state_dict(state, strict=False)
+        student.tie_weights()
+        lost = set(result.missing_keys) - set(student.all_tied_weights_keys) | set(result.unexpected_keys)
+        if lost:
+            raise CheckpointError(
+                f"{resume_from_checkpoint} does not fit the model it should resume ({', '.join(sorted(lost)[:3])}); "
+                "delete that folder to resume from an earlier one"
+            )
 
 
 def fit(
@@ -239,9 +246,19 @@ def fit(
     metrics_file = MetricsFile(work_dir / "metrics.jsonl")
     trainer.add_callback(StepSchedules(config))
     trainer.add_callback(metrics_file)
-    trainer.add_callback(ProgressBar(title))
+    bar = ProgressBar(title)
+    trainer.add_callback(bar)
     objective.student.config.use_cache = False
-    trainer.train(resume_from_checkpoint=_resume_point(trainer_dir))
+    resume_point = _resume_point(trainer_dir)
+    try:
+        if resume_point is not None and _steps_done(resume_point) >= steps:
+            # Stopped between the last step and the end of this function. Trainer would take one step more.
+            trainer._load_from_checkpoint(resume_point)
+            metrics_file.reopen(steps, is_writer=trainer.is_world_process_zero())
+        else:
+            trainer.train(resume_from_checkpoint=resume_point)
+    finally:
+        bar.progress.stop()  # a live bar hides the cursor
     objective.student.config.use_cache = True
     return metrics_file.summary()
 
@@ -259,13 +276,22 @@ def steps_for_epochs(config: TrainingConfig, epochs: float, examples: int, proce
 
 
 def _resume_point(trainer_dir: Path) -> str | None:
-    """The last checkpoint that was written to its end; Trainer writes ``trainer_state.json`` last."""
-    while trainer_dir.is_dir() and (last := get_last_checkpoint(str(trainer_dir))):
+    """The last checkpoint that was written to its end; Trainer writes ``trainer_state.json`` last.
+
+    An incomplete one stays where it is: training comes past its step again and writes over it.
+    """
+    checkpoints = sorted(trainer_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    for path in reversed(checkpoints):
         try:
-            json.loads((Path(last) / "trainer_state.json").read_text(encoding="utf-8"))
+            _steps_done(str(path))
         except (OSError, ValueError):
-            logger.warning("%s is incomplete (killed while saving); using an earlier one", last)
-            Path(last).rename(Path(last).with_name(f"incomplete-{Path(last).name}"))
+            logger.warning("%s is incomplete (killed while saving); using an earlier one", path)
             continue
-        return last
+        return str(path)
     return None
+
+
+def _steps_done(checkpoint: str) -> int:
+    """Optimizer steps that a Trainer checkpoint has behind it."""
+    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+    return int(state["global_step"])
