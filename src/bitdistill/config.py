@@ -284,9 +284,9 @@ class DistillConfig(TrainingConfig):
     """Passes over the training data."""
     teacher: str = ""
     """Folder or hub id of the fine-tuned teacher; a ``run`` fills in its FP16-SFT."""
-    lambda_logits: float = 10.0
+    lambda_logits: float = 1.0
     """Weight of the logits KD; 0 switches it off."""
-    gamma_relation: float = 1e5
+    gamma_relation: float = 10.0
     """Weight of the attention-relation KD; 0 switches it off."""
     temperature: float = 5.0
     """Temperature of the logits KD."""

@@ -19,6 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from ..data.prompts import IGNORE_INDEX
 
+BLOCK_RELATIONS = 1 << 22
+"""Relations (heads x tokens x tokens) that exist at the same time, in whole sequences."""
+
 BLOCK_TOKENS = 256
 """Tokens whose logits exist at the same time; more would only move memory."""
 
@@ -98,53 +101,59 @@ def relation_kd(
                 f"student and teacher have {relation_s.shape[1]} and {relation_t.shape[1]} heads here: "
                 "set distill.relation_heads to a number that divides both widths"
             )
-        mask = _relation_mask(relation_s, key_mask_BT, causal)
-        for row in range(relation_s.shape[0]):
+        mask_BTT = _relation_mask(relation_s, key_mask_BT, causal)
+        batch, relation_heads, tokens, _ = relation_s.shape
+        rows = max(1, BLOCK_RELATIONS // (relation_heads * tokens * tokens))
+        for start in range(0, batch, rows):
+            block = slice(start, start + rows)
             arguments = (
-                relation_s[row],
-                relation_t[row],
+                relation_s[block],
+                relation_t[block],
                 form,
                 temperature,
-                mask if mask is None or mask.shape[0] == 1 else mask[row : row + 1],
-                None if query_mask_BT is None else query_mask_BT[row],
+                mask_BTT if mask_BTT is None or mask_BTT.shape[0] == 1 else mask_BTT[block],
+                None if query_mask_BT is None else query_mask_BT[block],
             )
-            # The [A, T, T] relations of one sequence live only while it is worked on; the backward pass
-            # makes them again.
+            # The [A, T, T] relations of a block live only while it is worked on; the backward pass makes
+            # them again.
             total = total + checkpoint(_relation_kl, *arguments, use_reentrant=False)
     return total
 
 
 def _relation_kl(
-    student_ATE: Tensor,
-    teacher_ATE: Tensor,
+    student_BATE: Tensor,
+    teacher_BATE: Tensor,
     form: str,
     temperature: float,
-    mask: Tensor | None,
-    query_mask_T: Tensor | None,
+    mask_BTT: Tensor | None,
+    query_mask_BT: Tensor | None,
 ) -> Tensor:
-    """Sum over rows, mean over heads, of the KL between the relations of one sequence."""
-    log_s = _log_relations(student_ATE, form, temperature, mask)
-    log_t = _log_relations(teacher_ATE, form, temperature, mask)
-    kl_ATT = log_t.exp() * (log_t - log_s)
+    """Sum over rows, mean over heads, of the KL between the relations of some sequences."""
+    mask = None if mask_BTT is None else mask_BTT[:, None]
+    log_s = _log_relations(student_BATE, form, temperature, mask)
+    log_t = _log_relations(teacher_BATE, form, temperature, mask)
+    kl = log_t.exp() * (log_t - log_s)
     if mask is not None:
-        kl_ATT = kl_ATT.masked_fill(~mask, 0.0)
-    kl_T = kl_ATT.sum(dim=-1).mean(dim=0)
-    if query_mask_T is not None:
-        kl_T = kl_T.masked_fill(~query_mask_T, 0.0)
-    return kl_T.sum()
+        kl = kl.masked_fill(~mask, 0.0)
+    kl_BT = kl.sum(dim=-1).mean(dim=1)
+    if query_mask_BT is not None:
+        kl_BT = kl_BT.masked_fill(~query_mask_BT, 0.0)
+    return kl_BT.sum()
 
 
-def _log_relations(state_ATE: Tensor, form: str, temperature: float, mask: Tensor | None) -> Tensor:
-    state = _wide(state_ATE)
+def _log_relations(state_BATE: Tensor, form: str, temperature: float, mask: Tensor | None) -> Tensor:
+    """Log of the relations ``[B, A, T, T]``; ``mask`` broadcasts to that shape."""
+    state = _wide(state_BATE)
     if form == "cosine":
         state = F.normalize(state, dim=-1)
         scores = state @ state.transpose(-1, -2)
     else:
         scores = state @ state.transpose(-1, -2) / math.sqrt(state.shape[-1])
+    scores = scores / temperature
     if mask is not None:
         # A finite floor, not -inf: log_t - log_s of two excluded columns must not be NaN.
         scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min / 2)
-    return F.log_softmax(scores / temperature, dim=-1)
+    return F.log_softmax(scores, dim=-1)
 
 
 def _relation_mask(state: Tensor, key_mask_BT: Tensor | None, causal: bool) -> Tensor | None:
