@@ -1,6 +1,6 @@
 """Median, lowest and highest accuracy of each method over the result.json files of several seeds.
 
-    python benchmarks/summarise.py runs/demo-seed*/result.json [--json OUT]
+python benchmarks/summarise.py runs/demo-seed*/result.json [--json OUT]
 """
 
 import argparse

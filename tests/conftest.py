@@ -86,7 +86,12 @@ def cli() -> Callable[..., Outcome]:
 
 # --- a small project ---
 
-WORDS = (("soup", "room", "view", "host"), ("was", "seemed"), ("very", "not", "quite"), ("good", "bad", "warm"))
+WORDS = (
+    ("soup", "room", "view", "host"),
+    ("was", "seemed"),
+    ("very", "not", "quite"),
+    ("good", "bad", "warm"),
+)
 SENTENCES = [f"the {' '.join(words)} ." for words in itertools.product(*WORDS)]
 
 RECIPE = """

@@ -100,7 +100,9 @@ def test_renamed_projections_are_named(cli, project, damaged, tmp_path):
 
     change_tensors(damaged, rename)
     outcome = cli("refine", project, "--source", damaged, "--output", tmp_path / "new")
-    refused(outcome, damaged, "lacks model.layers.0.mlp.down_proj.weight", "mlp.shrink.weight", "make it again")
+    refused(
+        outcome, damaged, "lacks model.layers.0.mlp.down_proj.weight", "mlp.shrink.weight", "make it again"
+    )
 
 
 def test_skipping_every_linear_is_refused(cli, project, llama, tmp_path):
@@ -224,9 +226,7 @@ def test_a_prompt_without_tokens_is_refused(cli, project, llama, data):
 
 
 def test_generation_that_leaves_no_room_for_a_prompt_is_refused(cli, project, llama):
-    outcome = cli(
-        "eval", project, llama, "--set", "task.kind=generation", "--set", "task.max_new_tokens=48"
-    )
+    outcome = cli("eval", project, llama, "--set", "task.kind=generation", "--set", "task.max_new_tokens=48")
     refused(outcome, "48 tokens leave no room", "task.max_length (now 48)", "task.max_new_tokens")
 
 
@@ -369,9 +369,7 @@ def test_a_corrupted_tokenizer_is_named(cli, project, damaged):
 
 def distill(cli, project, student, teacher, output, *settings):
     overrides = [argument for setting in settings for argument in ("--set", setting)]
-    return cli(
-        "distill", project, "--source", student, "--teacher", teacher, "--output", output, *overrides
-    )
+    return cli("distill", project, "--source", student, "--teacher", teacher, "--output", output, *overrides)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(cli, project, student, teacher, tmp_path):
@@ -399,7 +397,7 @@ def test_relations_that_the_models_do_not_have_are_refused(
 
 
 def test_a_teacher_path_may_hold_quotes_and_spaces(cli, project, student, teacher, tmp_path):
-    folder = shutil.copytree(teacher, tmp_path / "Ann's \"best\" teacher")
+    folder = shutil.copytree(teacher, tmp_path / 'Ann\'s "best" teacher')
     outcome = distill(cli, project, student, folder, tmp_path / "new")
     assert outcome.status == 0, outcome.err
 
@@ -424,9 +422,7 @@ def test_a_loss_that_is_not_finite_names_step_and_learning_rate_and_keeps_checkp
 
 def test_other_settings_name_the_key_and_both_values_and_touch_nothing(cli, project, teacher, llama):
     before = contents(teacher)
-    outcome = cli(
-        "sft", project, "--source", llama, "--output", teacher, "--set", "sft.learning_rate=0.5"
-    )
+    outcome = cli("sft", project, "--source", llama, "--output", teacher, "--set", "sft.learning_rate=0.5")
     refused(outcome, teacher, "training.learning_rate: 0.001 there, 0.5 now", "another name")
     assert contents(teacher) == before
 
@@ -587,7 +583,10 @@ def refused_full(outcome) -> None:
 
 def bitdistill(*arguments: object) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "bitdistill", *map(str, arguments)], capture_output=True, text=True, check=False
+        [sys.executable, "-m", "bitdistill", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
 
 

@@ -239,7 +239,7 @@ def test_overrides_that_make_no_sense_are_named(override, message):
 
 
 def test_errors_are_both_ours_and_the_standard_librarys():
-    with pytest.raises(ValueError, match="sft.epochs") as refusal:
+    with pytest.raises(ValueError, match=r"sft\.epochs") as refusal:
         build("sft.epochs=-1")
     assert isinstance(refusal.value, BitDistillError)
 
@@ -361,9 +361,7 @@ def test_an_impossible_value_is_refused_with_its_key_and_value(key, value):
     assert f"{key} = {offender!r}: " in str(refusal.value)
 
 
-@pytest.mark.parametrize(
-    "method", ["bitnet", "bitdistill:no_teacher", "fp16_sft:no_subln", "bitdistill:no"]
-)
+@pytest.mark.parametrize("method", ["bitnet", "bitdistill:no_teacher", "fp16_sft:no_subln", "bitdistill:no"])
 def test_an_unknown_method_or_ablation_is_refused(method):
     with pytest.raises(ConfigError) as refusal:
         build(run={"methods": ["fp16_sft", method]})

@@ -1,6 +1,6 @@
 """Copy a trained base in bf16, with its tokenizer and its record, into a folder small enough to commit.
 
-    python benchmarks/bases/publish.py CHECKPOINT OUT
+python benchmarks/bases/publish.py CHECKPOINT OUT
 """
 
 import json

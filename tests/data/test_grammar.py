@@ -98,10 +98,13 @@ def test_feelings_in_the_corpus_grow_with_the_same_sum(corpus):
             seen.append((review_sum(text) * (2 if single else 1), ranks[feeling]))
     assert len(seen) > 20_000
     limits = [
-        (min(total for total, rank in seen if rank == wanted), max(total for total, rank in seen if rank == wanted))
+        (
+            min(total for total, rank in seen if rank == wanted),
+            max(total for total, rank in seen if rank == wanted),
+        )
         for wanted in range(len(grammar.FEELINGS))
     ]
-    assert all(high < low for (_, high), (low, _) in zip(limits, limits[1:], strict=False))
+    assert all(high < low for (_, high), (low, _) in itertools.pairwise(limits))
     assert limits[2][1] == 0  # the bored half ends where the content half begins
 
 

@@ -22,7 +22,12 @@ def write_jsonl(folder: Path, train: list[dict], test: list[dict]) -> Path:
 
 def jsonl_task(folder: Path, train: list[dict], test: list[dict] | None = None, **config: object) -> Task:
     write_jsonl(folder, train, test or train[:2])
-    values = {"name": "jsonl", "data_dir": str(folder), "template": "{text} It was", "labels": (" bad", " good")}
+    values = {
+        "name": "jsonl",
+        "data_dir": str(folder),
+        "template": "{text} It was",
+        "labels": (" bad", " good"),
+    }
     return load_task(TaskConfig(**values | config))
 
 
@@ -187,9 +192,7 @@ def test_real_sst2_is_read_whole_and_phrases_stay_with_their_sentences(shared_da
     train = {tuple(e.prompt.split()) for e in task.train}
     validation = {tuple(e.prompt.split()) for e in task.validation}
     assert not train & validation
-    spans = {
-        words[i : i + 8] for words in train if len(words) > 8 for i in range(len(words) - 7)
-    }
+    spans = {words[i : i + 8] for words in train if len(words) > 8 for i in range(len(words) - 7)}
     long_phrases = [words for words in validation if len(words) == 8]
     assert len(long_phrases) > 50
     leaked = [words for words in long_phrases if words in spans]

@@ -26,9 +26,7 @@ BOUNDARY = 1e-4
 
 values = st.floats(-1000, 1000, width=32, allow_subnormal=False)
 matrices = hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=24), elements=values)
-activations = hnp.arrays(
-    np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=12), elements=values
-)
+activations = hnp.arrays(np.float32, hnp.array_shapes(min_dims=1, max_dims=3, max_side=12), elements=values)
 granularities = st.sampled_from(["tensor", "channel", "block"])
 
 

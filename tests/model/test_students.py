@@ -59,9 +59,7 @@ def geometry(family: str, **changes: object) -> dict[str, object]:
     }
 
 
-def make_student(
-    family: str, ternary: dict[str, object] | None = None, **changes: object
-) -> PreTrainedModel:
+def make_student(family: str, ternary: dict[str, object] | None = None, **changes: object) -> PreTrainedModel:
     """A random student in evaluation mode whose norm gains and biases are not at their neutral start."""
     config_class, model_class = STUDENT_CLASSES[family]
     torch.manual_seed(1)
@@ -80,9 +78,7 @@ def make_dense(student: PreTrainedModel, family: str, **changes: object) -> PreT
     config_class, model_class = DENSE_CLASSES[family]
     dense = model_class(config_class(**geometry(family, **changes))).eval()
     state = {
-        name: value
-        for name, value in student.state_dict().items()
-        if not name.endswith("proj.norm.weight")
+        name: value for name, value in student.state_dict().items() if not name.endswith("proj.norm.weight")
     }
     dense.load_state_dict(state, strict=True)
     return dense

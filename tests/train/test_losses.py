@@ -214,9 +214,7 @@ def reference_relation_kd(
                 key
                 for key in range(tokens)
                 if key == query
-                or (
-                    (key_mask_BT is None or bool(key_mask_BT[row, key])) and (not causal or key <= query)
-                )
+                or ((key_mask_BT is None or bool(key_mask_BT[row, key])) and (not causal or key <= query))
             ]
             divergences = [
                 rel_entr(

@@ -45,7 +45,9 @@ def test_every_tensor_of_the_model_is_in_the_student(make_model, family, tied, s
     model = make_model(family, tie_word_embeddings=tied)
     student, _ = refine(model, TernarySpec(norm_sites=sites))
     before, after = tensors(model), tensors(student)
-    new = {f"{name}.norm.weight" for name, m in student.named_modules() if getattr(m, "norm", None) is not None}
+    new = {
+        f"{name}.norm.weight" for name, m in student.named_modules() if getattr(m, "norm", None) is not None
+    }
     new = {name for name in new if name in after and name not in before}
     assert set(after) == set(before) | new
     assert len(new) == 2 * {"none": 0, "subln": 2, "all": 7}[sites]
@@ -190,7 +192,7 @@ def test_an_empty_calibration_is_refused(make_model):
 
 
 def test_the_report_lists_every_linear_with_its_shape_and_norm(make_model):
-    student, report = refine(make_model("qwen3", **COUNTED), TernarySpec())
+    _, report = refine(make_model("qwen3", **COUNTED), TernarySpec())
     attention, mlp = "model.layers.0.self_attn", "model.layers.0.mlp"
     assert report.family == "qwen3"
     assert report.replaced == (
@@ -297,7 +299,12 @@ def test_padding_does_not_reach_the_gains(make_model):
     gains = []
     for calibration in (batches, other):
         student, _ = refine(model, TernarySpec(), calibration)
-        gains.append([m.norm.weight[0].item() for m in student.modules() if getattr(m, "norm", None) is not None
-                      and isinstance(m, BitLinear)])
+        gains.append(
+            [
+                m.norm.weight[0].item()
+                for m in student.modules()
+                if getattr(m, "norm", None) is not None and isinstance(m, BitLinear)
+            ]
+        )
     assert gains[0] == pytest.approx(gains[1], rel=1e-6)
     assert gains[0] != pytest.approx([1.0] * len(gains[0]), rel=0.01)

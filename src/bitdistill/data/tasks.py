@@ -6,8 +6,6 @@ alone, so that every method and every seed of a study sees the same examples.
 """
 
 import csv
-import io
-import json
 import random
 import string
 from collections.abc import Callable, Sequence
@@ -15,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import digest_of, file_digest
+from ..checkpoint import digest_of
 from ..config import TaskConfig
 from ..errors import ConfigError, DataError
 from . import grammar
+from .textfile import read_jsonl, read_lines
 
 SPLIT_SEED = 0
 """Seed of the validation split and the training subset; not the recipe's, see above."""
@@ -182,12 +181,6 @@ class _ExampleBuilder:
         )
 
 
-def encode_source(config: TaskConfig) -> str:
-    """Digest of where a task's rows come from, without loading them."""
-    files = [Path(config.data_dir) / name for name in _local_files(config)] if config.data_dir else []
-    return file_digest(*files) if files else config.name
-
-
 def _local_files(config: TaskConfig) -> tuple[str, str]:
     return ("train.tsv", "dev.tsv") if config.name == "sst2" else (config.train_file, config.eval_file)
 
@@ -212,34 +205,12 @@ def _read_grammar(config: TaskConfig) -> tuple[list[Row], list[Row]]:
 
 
 def _read_tsv(path: Path) -> list[Row]:
-    with _open(path) as stream:
-        rows = list(csv.DictReader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return _not_empty(rows, path)
+    rows = csv.DictReader(read_lines(path, "task.data_dir"), delimiter="\t", quoting=csv.QUOTE_NONE)
+    return _not_empty(list(rows), path)
 
 
 def _read_jsonl(path: Path) -> list[Row]:
-    rows = []
-    with _open(path) as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise DataError(f"{path}:{number}: not valid JSON ({error.msg})") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: expected a JSON object")
-            rows.append(row)
-    return _not_empty(rows, path)
-
-
-def _open(path: Path) -> io.StringIO:
-    try:
-        return io.StringIO(path.read_text(encoding="utf-8"), newline="")
-    except OSError as error:
-        raise DataError(f"{path}: cannot read it ({error.strerror}); check task.data_dir") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it, or check task.data_dir") from error
+    return _not_empty([row for _, row in read_jsonl(path, "task.data_dir")], path)
 
 
 def _not_empty(rows: list[Row], path: Path) -> list[Row]:

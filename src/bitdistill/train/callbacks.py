@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState
 
 from ..config import TrainingConfig
 from ..model import BitLinear
@@ -23,15 +23,14 @@ class StepSchedules(TrainerCallback):
 
     def on_step_begin(
         self,
-        args: TrainingArguments,
+        args: Any,
         state: TrainerState,
-        control: TrainerControl,  # noqa: ARG002
+        control: Any,
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
-        **kwargs: Any,  # noqa: ARG002
+        **kwargs: Any,
     ) -> None:
         """Values are functions of the step, so a resumed run has the same ones."""
-        del args
         decay = weight_decay_at(self.config, state.global_step, state.max_steps)
         for group in optimizer.param_groups:
             # Trainer gives norms and biases a group with no decay; it must stay that way.
@@ -52,15 +51,8 @@ class MetricsFile(TrainerCallback):
         self.started = 0.0
         self.last: dict[str, Any] = {}
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Start or continue the file."""
-        del args, control, kwargs
         self.reopen(state.global_step, is_writer=state.is_world_process_zero)
 
     def reopen(self, step: int, *, is_writer: bool) -> None:
@@ -83,15 +75,9 @@ class MetricsFile(TrainerCallback):
         self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Write one line."""
-        del args, control, kwargs
         if not state.is_world_process_zero or not logs or "loss" not in logs:
             return
         self.last = {"step": state.global_step, **logs, "perf/time_s": round(self.time_s, 2)}
@@ -135,15 +121,8 @@ class ProgressBar(TrainerCallback):
         self.first_step = 0
         self.started = self.last_line = 0.0
 
-    def on_train_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Draw the bar."""
-        del args, control, kwargs
         if not state.is_world_process_zero:
             return
         self.first_step = state.global_step
@@ -153,15 +132,8 @@ class ProgressBar(TrainerCallback):
         )
         self.progress.start()
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Move the bar, or write the line that is due."""
-        del args, control, kwargs
         if not state.is_world_process_zero:
             return
         now = time.monotonic()
@@ -179,26 +151,13 @@ class ProgressBar(TrainerCallback):
             )
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Keep the last loss for display."""
-        del args, state, control, kwargs
         if logs and "loss" in logs:
             self.loss = f"loss {logs['loss']:.4g}"
 
-    def on_train_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **kwargs: Any,
-    ) -> None:
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Leave the finished line on the screen."""
-        del args, control, kwargs
         if state.is_world_process_zero:
             self.progress.stop()

@@ -1,9 +1,12 @@
 """Plain task fine-tuning with cross-entropy: FP16-SFT (the teacher), FP16-CT-SFT and BitNet-SFT."""
 
 from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import checkpoint_digest
-from ..config import Recipe
+from ..config import DistillConfig, Recipe, SftConfig
 from ..data.prompts import PaddedBatch, PromptEncoder, TaskSequences
 from ..data.tasks import Task, load_task
 from ..recipe import to_dict
@@ -26,31 +29,44 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "source": checkpoint_digest(source),
     }
 
-    def work(folder: Path) -> dict:
+    def work(folder: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(source, recipe.model.revision)
-        model = load_model(source, recipe.model.revision)
-        codes = ternary_codes(model)
-        dataset = task_sequences(recipe, task, tokenizer)
-        metrics = fit(
-            LanguageModelling(model),
-            dataset,
-            PaddedBatch(tokenizer.pad_token_id),
-            recipe.sft,
-            steps=steps_for_epochs(recipe.sft, recipe.sft.epochs, len(dataset), num_processes()),
-            seed=recipe.seed,
-            work_dir=folder,
-            tokenizer=tokenizer,
-            title=f"{output_dir.parent.name}/{output_dir.name}",
-            lengths=dataset.lengths,
-        )
-        write_weight_stats(model, folder, codes)
-        save_model(model, tokenizer, folder)
-        return metrics
+        objective = LanguageModelling(load_model(source, recipe.model.revision))
+        return train_on_task(recipe, recipe.sft, task, objective, tokenizer, folder, step_title(output_dir))
 
     return run_step(output_dir, settings, work)
 
 
-def task_sequences(recipe: Recipe, task: Task, tokenizer: object) -> TaskSequences:
-    """The tokenised training examples of a task."""
-    encoder = PromptEncoder(tokenizer, recipe.task.max_length)  # type: ignore[arg-type]
-    return TaskSequences(encoder.examples(task.train, end=task.kind == "generation"))
+def train_on_task(
+    recipe: Recipe,
+    config: SftConfig | DistillConfig,
+    task: Task,
+    objective: LanguageModelling,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    title: str,
+) -> dict[str, Any]:
+    """Train an objective's student on the task's training examples and save it; returns the metrics."""
+    codes = ternary_codes(objective.student)
+    encoder = PromptEncoder(tokenizer, recipe.task.max_length)
+    dataset = TaskSequences(encoder.examples(task.train, end=task.kind == "generation"))
+    metrics = fit(
+        objective,
+        dataset,
+        PaddedBatch(tokenizer.pad_token_id),
+        config,
+        steps=steps_for_epochs(config, config.epochs, len(dataset), num_processes()),
+        seed=recipe.seed,
+        work_dir=folder,
+        tokenizer=tokenizer,
+        title=title,
+        lengths=dataset.lengths,
+    )
+    write_weight_stats(objective.student, folder, codes)
+    save_model(objective.student, tokenizer, folder)
+    return metrics
+
+
+def step_title(output_dir: Path) -> str:
+    """What the progress bar calls a fine-tune: the method, and the learning rate where there is a grid."""
+    return f"{output_dir.parent.name}/{output_dir.name}"

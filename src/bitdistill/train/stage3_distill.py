@@ -1,21 +1,19 @@
 """Stage 3, distillation-based fine-tuning (BitDistill, eq. 8-13): the task, with a fine-tuned teacher beside it."""
 
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import checkpoint_digest
 from ..config import Recipe
-from ..data.prompts import PaddedBatch
 from ..data.tasks import load_task
 from ..errors import ConfigError, TrainingError
 from ..recipe import to_dict
-from .loading import load_model, load_tokenizer, save_model
+from .loading import load_model, load_tokenizer
 from .objective import Distillation
-from .sft import task_sequences
-from .step import num_processes, run_step
-from .trainer import fit, steps_for_epochs
-from .weights import ternary_codes, write_weight_stats
+from .sft import step_title, train_on_task
+from .step import run_step
 
 
 def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
@@ -39,28 +37,12 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "source": checkpoint_digest(source),
     }
 
-    def work(folder: Path) -> dict:
+    def work(folder: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(source, recipe.model.revision)
         _check_same_tokenizer(tokenizer, load_tokenizer(config.teacher))
         student = load_model(source, recipe.model.revision)
-        teacher = load_model(config.teacher)
-        codes = ternary_codes(student)
-        dataset = task_sequences(recipe, task, tokenizer)
-        metrics = fit(
-            Distillation(student, teacher, config),
-            dataset,
-            PaddedBatch(tokenizer.pad_token_id),
-            config,
-            steps=steps_for_epochs(config, config.epochs, len(dataset), num_processes()),
-            seed=recipe.seed,
-            work_dir=folder,
-            tokenizer=tokenizer,
-            title=f"{output_dir.parent.name}/{output_dir.name}",
-            lengths=dataset.lengths,
-        )
-        write_weight_stats(student, folder, codes)
-        save_model(student, tokenizer, folder)
-        return metrics
+        objective = Distillation(student, load_model(config.teacher), config)
+        return train_on_task(recipe, config, task, objective, tokenizer, folder, step_title(output_dir))
 
     return run_step(output_dir, settings, work)
 
