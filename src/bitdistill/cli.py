@@ -324,7 +324,7 @@ def _remedy(error: BaseException) -> str | None:
 def main() -> None:
     """Entry point: one message and exit status 1 for errors, 2 for a wrong command line."""
     try:
-        app(standalone_mode=True)
+        app(prog_name="bitdistill", standalone_mode=True)
     except BitDistillError as error:
         if _debug:
             raise
