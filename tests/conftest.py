@@ -1,5 +1,5 @@
-"""What every test shares: reproducible examples, one torch thread, a fixed seed, no network, and a small project
-(tokenizer, models, corpus, task, recipe) to run the command line on.
+"""What every test shares: reproducible examples, one torch thread, a fixed seed, no network, and a small
+project (tokenizer, models, corpus, task, recipe) to run the command line on.
 """
 
 import contextlib
@@ -63,7 +63,7 @@ class Outcome:
 
 
 def run_cli(*arguments: object) -> Outcome:
-    """``bitdistill ARGUMENTS`` through its entry point; what main() lets escape is a traceback and fails the test."""
+    """``bitdistill ARGUMENTS`` through its entry point; what main() lets escape fails the test."""
     from bitdistill import cli
 
     out, err, status = io.StringIO(), io.StringIO(), 0

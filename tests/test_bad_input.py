@@ -1,4 +1,4 @@
-"""What a user can get wrong: one clear message that names the thing and the remedy, exit status 1, nothing lost.
+"""What a user can get wrong: one clear message that names thing and remedy, exit status 1, nothing lost.
 
 The command line runs in this process: an exception that its entry point lets through fails the test, so every
 test here also says "no traceback". A few run the real command.
@@ -30,7 +30,7 @@ WEIGHT = "model.layers.1.mlp.up_proj.weight"
 
 
 def refused(outcome, *fragments: object) -> str:
-    """The message of a command that ended with one, and with nothing but progress lines on stderr before it."""
+    """The message of a command that ended with one, with nothing but progress lines before it."""
     assert outcome.status == 1, outcome.err
     lines = [line for line in outcome.err.splitlines() if line.strip() and not PROGRESS.search(line)]
     assert len(lines) == 1, outcome.err
@@ -171,7 +171,7 @@ GOOD_ROW = '{"text": "the soup was good .", "label": 1}\n'
         ("train.jsonl", "", ("train.jsonl: no rows", "empty")),
         ("eval.jsonl", "\n\n", ("eval.jsonl: no rows", "empty")),
         ("train.jsonl", GOOD_ROW + '{"text": "x", "label": 2}\n', ("training row 2", "label 2", "bad, good")),
-        ("train.jsonl", GOOD_ROW + '{"text": "x", "label": "²"}\n', ("training row 2", "'²'", "task.labels")),
+        ("train.jsonl", GOOD_ROW + '{"text": "x", "label": "²"}\n', ("training row 2", "label '²'")),
         ("eval.jsonl", GOOD_ROW + '{"text": "x", "label": "fine"}\n', ("evaluation row 2", "'fine'")),
         ("train.jsonl", GOOD_ROW + '{"text": "x"}\n', ("training row 2", "no column 'label'", "text")),
         ("train.jsonl", GOOD_ROW + '{"text": "x", "label"\n', ("train.jsonl:2", "not valid JSON")),
@@ -412,7 +412,7 @@ def test_a_loss_that_is_not_finite_names_step_and_learning_rate_and_keeps_checkp
         "sft", project, "--source", llama, "--output", tmp_path / "new", "--set", "sft.learning_rate=1e30",
         "--set", "sft.warmup_ratio=0", "--set", "sft.max_grad_norm=0", "--set", "sft.save_every=1",
     )  # fmt: skip
-    message = refused(outcome, "the loss became", "Lower the learning rate (now 1e+30)")
+    message = refused(outcome, " became ", "Lower the learning rate (now 1e+30)")
     step = int(re.search(r"at step (\d+)", message).group(1))
     assert step > 1
     assert f"the checkpoint of step {step - 1} is kept" in message
@@ -501,7 +501,8 @@ def test_a_full_disk_at_a_checkpoint_loses_what_came_after_the_one_before(
 ):
     # save_every decides where checkpoints are, not what comes out, but it is one of the settings.
     command = (
-        "pretrain", project, "--source", llama, "--output", tmp_path / "new", "--set", "pretrain.save_every=3",
+        "pretrain", project, "--source", llama, "--output", tmp_path / "new",
+        "--set", "pretrain.save_every=3",
     )  # fmt: skip
     save = StudentTrainer._save
 

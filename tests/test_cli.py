@@ -1,4 +1,4 @@
-"""The command line: it answers without torch, every verb works on its own, and results are written as JSON."""
+"""The command line: it answers without torch, every verb works on its own, results are written as JSON."""
 
 import json
 import subprocess
@@ -73,7 +73,8 @@ def test_version(cli):
 def test_a_wrong_command_line_exits_with_2(cli, arguments):
     outcome = cli(*arguments)
     assert outcome.status == 2
-    assert "Usage: bitdistill" in outcome.err
+    assert "Usage:" in outcome.err
+    assert "Traceback" not in outcome.err
 
 
 # --- errors and interruptions ---
@@ -109,7 +110,7 @@ def test_a_bug_of_ours_is_not_dressed_up_as_bad_input(cli, llama, monkeypatch):
 
 @pytest.fixture(scope="module")
 def chain(cli, project, llama, tmp_path_factory) -> dict[str, tuple]:
-    """refine, pretrain, sft and distill, each from the checkpoint before it: verb -> (outcome, folder, JSON file)."""
+    """refine, pretrain, sft, distill, each from the one before: verb -> (outcome, folder, JSON file)."""
     folder = tmp_path_factory.mktemp("chain")
     done = {}
 
@@ -155,11 +156,8 @@ def test_a_training_step_records_its_steps_and_last_loss(chain, verb):
     _, folder, path = chain[verb]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     metrics = json.loads(path.read_text())["metrics"]
-    # 512 tokens in batches of 4 x 16; 48 training rows in batches of 8.
-    steps = {"pretrain": 8, "sft": 7, "distill": 7}[verb]
-    examples = {"sft": 54 - 6, "distill": 54 - 6}
-    if verb in examples:
-        steps = -(-examples[verb] // 8)
+    # 512 tokens in batches of 4 x 16; 48 of the 54 training rows in batches of 8.
+    steps = {"pretrain": 8, "sft": 6, "distill": 6}[verb]
     assert [line["step"] for line in lines] == list(range(1, steps + 1))
     assert metrics["steps"] == steps
     assert metrics["loss"] == lines[-1]["loss"]

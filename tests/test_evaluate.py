@@ -154,8 +154,7 @@ def test_exact_match_is_the_share_of_texts_that_agree(make_model, tokenizer):
 # --- perplexity ---
 
 
-@pytest.mark.parametrize("count", [3, 100])
-def test_perplexity_is_exp_of_the_hugging_face_loss(make_model, tokenizer, tmp_path, monkeypatch, count):
+def test_perplexity_is_exp_of_the_hugging_face_loss(make_model, tokenizer, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", 50)
     text = "".join(f"the soup number {i} was warm .\n\n" for i in range(40))
     (tmp_path / "a.txt").write_text(text)
@@ -163,10 +162,10 @@ def test_perplexity_is_exp_of_the_hugging_face_loss(make_model, tokenizer, tmp_p
     sequences = PackedSequences(build_shards(config, "pretrain", tokenizer, tmp_path), 16)
     assert len(sequences) > 10
     model = make_model("llama", initializer_range=0.05)
-    rows = torch.stack([sequences[i]["input_ids"] for i in range(min(count, len(sequences)))])
+    rows = torch.stack([sequences[i]["input_ids"] for i in range(len(sequences))])
     with torch.no_grad():
         expected = math.exp(model(rows, labels=rows).loss.double().item())
-    assert TorchScorer(model, tokenizer).perplexity(sequences, count) == pytest.approx(expected, rel=1e-5)
+    assert TorchScorer(model, tokenizer).perplexity(sequences) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_cli_reports_what_the_scores_say(cli, project, llama, teacher, tokenizer, tmp_path):

@@ -26,7 +26,7 @@ _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 def write_json(path: Path, value: Any) -> None:
     """Write JSON under a temporary name and rename it, so that no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(temporary, path)
 
@@ -47,11 +47,11 @@ def file_digest(*paths: Path) -> str:
     return state.hexdigest()[:16]
 
 
-def checkpoint_digest(source: str | Path) -> str:
-    """Digest of a checkpoint folder's weights, config and tokenizer, or the name itself for a hub id."""
+def checkpoint_digest(source: str | Path, revision: str | None = None) -> str:
+    """Digest of a checkpoint folder's weights, config and tokenizer, or name and revision of a hub model."""
     folder = Path(source)
     if not folder.is_dir():
-        return str(source)
+        return f"{source}@{revision or 'main'}"
     names = sorted(
         path
         for path in folder.iterdir()

@@ -46,6 +46,7 @@ JsonFile = Annotated[
 INTERRUPTED = 130
 """Exit status after Ctrl-C (128 + SIGINT), which typer turns into an exit."""
 
+_TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 _debug = False
 
 
@@ -131,6 +132,10 @@ def pretrain(
     from .train import base, stage2_pretrain
 
     config = _load(recipe, set_)
+    if not source and config.base is None:
+        raise ConfigError(
+            "--source is missing: name the checkpoint to continue (this recipe has no [base] to make)"
+        )
     if source:
         _step(stage2_pretrain.run, config, source, output, json_path)
     else:
@@ -194,6 +199,7 @@ def evaluate(
     console.print(
         "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()),
         highlight=False,
+        soft_wrap=True,
     )
     _write_json(json_path, result)
 
@@ -253,19 +259,19 @@ def _step(
 
 def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
     from . import pipeline
+    from .processes import is_main_process
     from .report.write import write_report
-    from .train.step import is_main_process
 
     result = pipeline.run(recipe)
     if not is_main_process():
         return
     console.print(_result_table(result))
+    _write_json(json_path, result)
     try:
         html, _ = write_report(recipe.run_dir)
         console.print(f"report: {html}", highlight=False, soft_wrap=True)
-    except ImportError as error:
-        stderr.print(f"no report: {error}")
-    _write_json(json_path, result)
+    except BitDistillError as error:  # the run is done and recorded; a missing plot library must not fail it
+        stderr.print(f"no report: {_escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def _result_table(result: dict[str, Any]) -> Table:
@@ -305,6 +311,8 @@ def _write_json(path: Path | None, value: Any) -> None:
 
 def _remedy(error: BaseException) -> str | None:
     """The message for errors that are the machine's, not the program's; None for everything else."""
+    if isinstance(error, ModuleNotFoundError) and error.name in _TRAIN_PACKAGES:
+        return f"this verb needs {error.name}; install it with: pip install 'bitdistill[train,report]'"
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
         return (

@@ -239,6 +239,12 @@ class RefineConfig:
     def __post_init__(self) -> None:
         _check(self.block_size >= 1, "refine.block_size", self.block_size, "use a whole number >= 1")
         _check(
+            self.granularity == "block" or self.block_size == type(self).block_size,
+            "refine.block_size",
+            self.block_size,
+            f'it is not used with granularity = "{self.granularity}"; set granularity = "block"',
+        )
+        _check(
             self.calibration_sequences >= 1,
             "refine.calibration_sequences",
             self.calibration_sequences,

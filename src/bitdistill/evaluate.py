@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data.corpus import PackedSequences
 from .data.prompts import PromptEncoder
 from .data.tasks import Example
+from .processes import process_state
 
 BATCH_TOKENS = 4096
 """Padded tokens of an evaluation batch."""
@@ -55,7 +56,7 @@ class TorchScorer:
     """A transformers causal LM as a ``Scorer``; evaluates in the model's own dtype."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.model = model.eval()
+        self.model = model.to(process_state().device).eval()
         self.pad_id = tokenizer.pad_token_id
         self.end_id = tokenizer.eos_token_id
 
@@ -115,9 +116,9 @@ class TorchScorer:
         return answers
 
     @torch.inference_mode()
-    def perplexity(self, sequences: PackedSequences, max_sequences: int = 256) -> float:
+    def perplexity(self, sequences: PackedSequences) -> float:
         """``exp`` of the mean next-token cross-entropy over packed sequences."""
-        count = min(len(sequences), max_sequences)
+        count = len(sequences)
         total, tokens = 0.0, 0
         per_batch = max(1, BATCH_TOKENS // sequences.sequence_length)
         for start in range(0, count, per_batch):

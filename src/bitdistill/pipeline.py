@@ -24,11 +24,11 @@ from .data.prompts import PromptEncoder
 from .data.tasks import Task, load_task
 from .errors import ConfigError
 from .evaluate import Evaluation, TorchScorer, evaluate_classification, evaluate_generation
+from .processes import is_main_process, wait_for_everyone
 from .recipe import to_dict
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
-from .train.loading import load_model, load_tokenizer
+from .train.loading import check_family, load_model, load_tokenizer
 from .train.size import model_size
-from .train.step import is_main_process, wait_for_everyone
 
 logger = logging.getLogger(__name__)
 
@@ -119,6 +119,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     rows: dict[str, Any] = {}
     teacher: Path | None = Path(recipe.distill.teacher) if recipe.distill.teacher else None
     methods = [Method(key) for key in recipe.run.methods]
+    if any(not m.name.startswith("fp16") for m in methods):
+        check_family(source, recipe.model.revision)  # before hours of training that could not be used
     if teacher is None and any(m.needs_teacher for m in methods):
         methods.sort(key=lambda m: m.name != "fp16_sft")
         if methods[0].name != "fp16_sft":
@@ -128,7 +130,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         rows[method.key] = row
         if method.name == "fp16_sft" and teacher is None:
             teacher = checkpoint
-        result = {"meta": _meta(recipe, task, time.monotonic() - started)} | rows
+        result = {"meta": _meta(recipe, task, rows, time.monotonic() - started)} | rows
         if is_main_process():
             write_json(recipe.run_dir / "result.json", result)
     return result
@@ -172,7 +174,7 @@ def _run_method(
         "bytes": size.bytes,
         "parameters": size.parameters,
         "learning_rate": training["learning_rate"],
-        "validation_accuracy": validation,
+        f"validation_{test.metric}": validation,
         "steps": steps,
         "time_s": {
             name: record["metrics"].get("train_time_s", record["time_s"]) for name, record in records.items()
@@ -232,7 +234,8 @@ def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
     return TorchScorer(load_model(source), tokenizer).perplexity(sequences)
 
 
-def _meta(recipe: Recipe, task: Task, seconds: float) -> dict[str, Any]:
+def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> dict[str, Any]:
+    times = {step: time_s for row in rows.values() for step, time_s in row["time_s"].items()}
     return {
         "name": recipe.name,
         "task": task.name,
@@ -240,7 +243,8 @@ def _meta(recipe: Recipe, task: Task, seconds: float) -> dict[str, Any]:
         "train_items": len(task.train),
         "eval_items": len(task.test),
         "majority_accuracy": task.majority_accuracy,
-        "total_time_s": round(seconds, 1),
+        "last_run_s": round(seconds, 1),
+        "total_time_s": round(sum(times.values()), 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": to_dict(recipe),
         **provenance(),

@@ -28,9 +28,15 @@ DISTILL_PRESETS: dict[str, dict[str, Any]] = {
         "relation_form": "scaled_dot",
         "relation_heads": 0,
         "relation_mask": "none",
+        "kd_tokens": "response",
+        "relation_temperature": 1.0,
+        "relation_states": "post_rope",
+        "relation_layers": [-1],
     },
     # The authors' code: cosine over 32 relation heads after RoPE, no mask, tau^2, every real token. Their loss is
     # divided by the number of heads once more than a mean over rows, hence gamma = 1e5 / 32, and sums Q, K, V.
+    # Their layers are 22 and 24 of 28 (set relation_layers) and their norms sit before every linear
+    # (set refine.norm_sites = "all").
     "authors": {
         "lambda_logits": 10.0,
         "gamma_relation": 3125.0,
@@ -40,6 +46,9 @@ DISTILL_PRESETS: dict[str, dict[str, Any]] = {
         "relation_form": "cosine",
         "relation_heads": 32,
         "relation_mask": "none",
+        "relation_temperature": 1.0,
+        "relation_states": "post_rope",
+        "relation_layers": [-1],
     },
 }
 """Values that ``distill.preset`` starts from; keys written in the recipe win."""

@@ -1,4 +1,4 @@
-"""Corpora: what the shards hold is the text that the files hold, document by document, whatever the format."""
+"""Corpora: what the shards hold is the text that the files hold, whatever the format."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Tasks: rows become prompts and answers, labels are read by index and text, and splits keep related rows together."""
+"""Tasks: rows become prompts and answers, labels are read by index and text, splits keep related rows together."""
 
 import itertools
 import json

@@ -38,7 +38,7 @@ def test_summary_of_a_wide_gap(tmp_path: Path) -> None:
         "On sst2 (872 evaluation items), BitDistill reaches 90.0% accuracy, 2.0 points below "
         "FP16-CT-SFT (92.0%), the better full-precision row. It is 8.0 points above BitNet-SFT (82.0%), "
         "the direct ternary fine-tune. It closes 80% of the 10.0 points between BitNet-SFT and "
-        "FP16-CT-SFT. As stored, embeddings included, the student takes 6.00 MB against 15.0 MB for "
+        "FP16-CT-SFT. Packed, embeddings included, the student takes 6.00 MB against 15.0 MB for "
         "FP16-CT-SFT: 2.5 times smaller."
     )
 

@@ -1,4 +1,4 @@
-"""Attention states as Hugging Face's own modules make them, step by step, for tests of what the taps record."""
+"""Attention states as Hugging Face's own modules make them, for tests of what the taps record."""
 
 import torch
 from torch import Tensor

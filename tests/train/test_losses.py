@@ -482,3 +482,20 @@ def test_relation_kd_adds_up_over_micro_batches(form, sizes):
             )
         )
     assert_splits_add_up(whole, parts, list(student))
+
+
+def test_relation_kd_is_not_rounded_by_autocast():
+    """Late in training the relations hardly differ: bf16 products would turn the gradient elsewhere."""
+    student = normal(2, 4, 24, 16, dtype=torch.float32).requires_grad_()
+    teacher = student.detach() + 0.02 * normal(2, 4, 24, 16, seed=1, dtype=torch.float32)
+
+    def value_and_gradient(state, other):
+        loss = losses.relation_kd((state,) * 3, (other,) * 3, heads=0, form="cosine")
+        return loss, torch.autograd.grad(loss, state)[0]
+
+    exact, exact_gradient = value_and_gradient(student.detach().double().requires_grad_(), teacher.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss, gradient = value_and_gradient(student, teacher)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), exact, rtol=1e-3, atol=0)
+    assert torch.cosine_similarity(gradient.double().flatten(), exact_gradient.flatten(), dim=0) > 0.9999

@@ -1,4 +1,4 @@
-"""Objectives: the loss of a training step against Hugging Face's own loss and against parts computed one by one."""
+"""Objectives: the loss of a training step against Hugging Face's own and against parts computed apart."""
 
 import itertools
 import json
@@ -24,7 +24,7 @@ families = pytest.mark.parametrize("family", ["llama", "qwen3"])
 
 @pytest.fixture
 def batch() -> dict[str, Tensor]:
-    """Task examples of four lengths, padded on the right; the last two or three real tokens are the answer."""
+    """Task examples of four lengths, padded on the right; the last two or three real tokens answer."""
     lengths, answers = (11, 7, 4, 9), (2, 3, 2, 3)
     input_ids = torch.full((4, 11), 1)
     attention_mask = torch.zeros(4, 11, dtype=torch.int64)
@@ -118,7 +118,7 @@ def relation_reference(
     config: DistillConfig,
     pairs: list,
 ) -> Tensor:
-    """The relation loss of states made with Hugging Face's modules, one sequence at a time, per real token."""
+    """The relation loss of Hugging Face's states, one sequence at a time, per real token."""
     make = rotated_states if config.relation_states == "post_rope" else projected_states
     total, rows = 0.0, 0
     for index in range(len(batch["input_ids"])):

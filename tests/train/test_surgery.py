@@ -1,4 +1,4 @@
-"""Surgery: the student keeps every tensor, the report says what happened, and sizes agree with counting by hand."""
+"""Surgery: the student keeps every tensor, the report says what happened, sizes agree with a count by hand."""
 
 import copy
 

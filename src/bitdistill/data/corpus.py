@@ -8,7 +8,6 @@ the base's text, stage 2's text and the held-out text never mix.
 
 import hashlib
 import itertools
-import json
 import logging
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,14 +15,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import digest_of, file_digest, write_json
 from ..config import CorpusConfig
 from ..errors import DataError
+from ..processes import process_state
 from . import grammar
+from .textfile import read_jsonl
 
 logger = logging.getLogger(__name__)
 
@@ -94,10 +94,8 @@ def _file_documents(path: Path, column: str) -> Iterator[str]:
         yield from _pieces(path.read_text(encoding="utf-8", errors="replace"))
     elif path.suffix == ".jsonl":
         # What is not UTF-8 is replaced, as in text files: one bad byte must not end a long run.
-        with path.open(encoding="utf-8", errors="replace") as stream:
-            for number, line in enumerate(stream, start=1):
-                if line.strip():
-                    yield _row_text(_parse_row(line, f"{path}:{number}"), column, f"{path}:{number}")
+        for where, row in read_jsonl(path, "corpus.source", errors="replace"):
+            yield _row_text(row, column, where)
     else:
         import pyarrow.parquet as parquet
 
@@ -114,22 +112,12 @@ def _file_documents(path: Path, column: str) -> Iterator[str]:
             yield from (str(value) for value in batch.column(0).to_pylist() if value)
 
 
-def _parse_row(line: str, where: str) -> dict:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON ({error.msg})") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{where}: expected a JSON object with a text column")
-    return row
-
-
 def _row_text(row: dict, column: str, where: str) -> str:
     if column not in row:
         raise DataError(
             f"{where}: no column {column!r}; it has {', '.join(map(str, row))}. Set corpus.text_column."
         )
-    return str(row[column])
+    return "" if row[column] is None else str(row[column])
 
 
 def _pieces(text: str) -> Iterator[str]:
@@ -153,13 +141,15 @@ def _hub_documents(config: CorpusConfig) -> Iterator[tuple[str, str]]:
     subset = rest[0] if rest and rest[0] else None
     split = rest[1] if len(rest) > 1 else "train"
     try:
-        rows = datasets.load_dataset(name, subset, split=split, streaming=True)
+        for index, row in enumerate(datasets.load_dataset(name, subset, split=split, streaming=True)):
+            if config.max_documents and index == config.max_documents:
+                return
+            if text := _row_text(row, config.text_column, config.source):
+                yield f"{name}#{index}", text
+    except DataError:
+        raise
     except Exception as error:  # datasets raises many unrelated types for "not there" and "no network"
         raise DataError(f"corpus.source = {config.source!r}: the hub gave no data ({error})") from error
-    for index, row in enumerate(rows):
-        if config.max_documents and index == config.max_documents:
-            return
-        yield f"{name}#{index}", _row_text(row, config.text_column, config.source)
 
 
 def source_digest(config: CorpusConfig) -> str:
@@ -181,7 +171,7 @@ def build_shards(
     """
     key = digest_of([source_digest(config), part, _tokenizer_digest(tokenizer)])
     folder = cache_dir / f"{part}-{key}"
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         if not (folder / "meta.json").is_file():
             _tokenize_part(config, part, tokenizer, folder)
     return folder

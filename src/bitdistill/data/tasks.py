@@ -93,6 +93,9 @@ def load_task(config: TaskConfig) -> Task:
         raise ConfigError(
             "task.labels is empty: give the label texts in the order of their values, such as [' no', ' yes']"
         )
+    stripped = [label.strip() for label in labels]
+    if len(set(stripped)) != len(stripped):
+        raise ConfigError(f"task.labels = {labels!r}: two labels are the same")
     rows, test_rows = source.read(config)
     groups = source.group(rows) if source.group else list(range(len(rows)))
     build = _ExampleBuilder(config.kind, template, labels, label_column)
@@ -149,8 +152,11 @@ class _ExampleBuilder:
         self.kind, self.template, self.labels, self.label_column = kind, template, labels, label_column
         try:
             self.columns = [name for _, name, _, _ in string.Formatter().parse(template) if name]
-        except ValueError as error:
-            raise ConfigError(f"task.template = {template!r}: {error}") from error
+            template.format(**dict.fromkeys(self.columns, ""))
+        except (ValueError, LookupError, AttributeError) as error:
+            raise ConfigError(
+                f"task.template = {template!r}: {error}; write {{column}} for a column, {{{{ for a brace"
+            ) from error
         if not self.columns:
             raise ConfigError(f"task.template = {template!r}: it names no {{column}}")
 
@@ -173,7 +179,8 @@ class _ExampleBuilder:
         stripped = [label.strip() for label in self.labels]
         if text in stripped:
             return stripped.index(text)
-        if text.isdecimal() and int(text) < len(self.labels):
+        # Labels that are numbers themselves leave no room for indices: 1 would mean two things.
+        if text.isdecimal() and int(text) < len(stripped) and not any(map(str.isdecimal, stripped)):
             return int(text)
         raise DataError(
             f"{where}: label {value!r} is not one of {', '.join(stripped)} "

@@ -8,16 +8,16 @@ from typing import Any
 from ..errors import DataError
 
 
-def read_lines(path: Path, key: str) -> Iterator[str]:
+def read_lines(path: Path, key: str, errors: str = "strict") -> Iterator[str]:
     """Yield the lines of a UTF-8 file, line ends kept, without holding the file in memory.
 
-    ``key`` is the recipe key that names the file, for the error.
+    ``key`` is the recipe key that names the file, for the error; ``errors`` is Python's.
 
     Raises:
         DataError: the file cannot be read or is not UTF-8.
     """
     try:
-        with path.open(encoding="utf-8", newline="") as stream:
+        with path.open(encoding="utf-8", errors=errors, newline="") as stream:
             yield from stream
     except OSError as error:
         raise DataError(f"{path}: cannot read it ({error.strerror}); check {key}") from error
@@ -25,13 +25,13 @@ def read_lines(path: Path, key: str) -> Iterator[str]:
         raise DataError(f"{path}: not UTF-8 text ({error.reason}); convert it, or check {key}") from error
 
 
-def read_jsonl(path: Path, key: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_jsonl(path: Path, key: str, errors: str = "strict") -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``(file:line, object)``; blank lines are passed over.
 
     Raises:
         DataError: the file cannot be read, or a line is not a JSON object.
     """
-    for number, line in enumerate(read_lines(path, key), start=1):
+    for number, line in enumerate(read_lines(path, key, errors), start=1):
         if not line.strip():
             continue
         where = f"{path}:{number}"

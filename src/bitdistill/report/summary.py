@@ -94,7 +94,7 @@ def _size(full: Method, student: Method) -> str:
     large, small = full.size_bytes or 1.0, student.size_bytes or 1.0
     ratio = f"{large / small:.1f} times smaller" if large >= small else f"{small / large:.1f} times larger"
     return (
-        f"As stored, embeddings included, the student takes {human_bytes(small)} against "
+        f"Packed, embeddings included, the student takes {human_bytes(small)} against "
         f"{human_bytes(large)} for {full.label}: {ratio}."
     )
 

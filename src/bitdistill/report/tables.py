@@ -7,7 +7,7 @@ from .records import Method, RunReport, StepRecord, number
 from .words import MISSING, SHORT_STAGES, duration, human_bytes, percent, stage_name, users
 
 SIZE_RULE = (
-    "Size as stored: ternary linears at 1.6 bits a weight with their scales, everything else, "
+    "Size when packed: ternary linears at 1.6 bits a weight with their scales, everything else, "
     "embeddings included, at 16 bits."
 )
 SHARE_RULES = (

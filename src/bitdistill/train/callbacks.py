@@ -42,6 +42,20 @@ class StepSchedules(TrainerCallback):
                 module.quant_lambda = quant_lambda
 
 
+class EpochOrder(TrainerCallback):
+    """Tell the sample order which epoch begins.
+
+    The data loader does so too, but not through the wrappers it has after a resume on several processes.
+    """
+
+    def __init__(self, order: Any) -> None:
+        self.order = order
+
+    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """A resumed run begins inside an epoch; its whole part is the epoch."""
+        self.order.set_epoch(int(state.epoch or 0))
+
+
 class MetricsFile(TrainerCallback):
     """Append one JSON line per log to ``metrics.jsonl``; a resumed run first drops what it will repeat."""
 

@@ -29,7 +29,7 @@ def inspect_checkpoint(source: str | Path) -> dict[str, Any]:
         "ternary_parameters": size.ternary_parameters,
         "ternary_linears": len(layers),
         "sub_norms": sum(m.norm is not None for m in layers),
-        "bytes_as_stored": size.bytes,
+        "bytes_packed": size.bytes,
         "bytes_at_16_bit": 2 * size.parameters,
     }
     if layers:

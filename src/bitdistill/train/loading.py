@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
@@ -13,7 +14,8 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from .. import model as students
-from ..errors import CheckpointError
+from ..errors import CheckpointError, SurgeryError
+from ..processes import is_main_process
 
 
 def load_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
@@ -65,6 +67,39 @@ def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str,
             )
 
 
+def check_family(source: str | Path, revision: str | None = None) -> None:
+    """Raise unless stage 1 can convert this model; reads its config only.
+
+    Raises:
+        CheckpointError: the config does not load.
+        SurgeryError: unknown family, or a student already.
+    """
+    _check_exists(source)
+    try:
+        config = AutoConfig.from_pretrained(str(source), revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise _refusal(source, "config", error) from error
+    convertible_family(config.model_type)
+
+
+def convertible_family(model_type: str) -> students.Family:
+    """The family row of a full-precision ``model_type``.
+
+    Raises:
+        SurgeryError: unknown family, or a student already.
+    """
+    if any(model_type == family.student_type for family in students.FAMILIES):
+        raise SurgeryError(f"this model is a ternary student already ({model_type}); refine its base instead")
+    family = students.find_family(model_type)
+    if family is None:
+        known = ", ".join(f.model_type for f in students.FAMILIES)
+        raise SurgeryError(
+            f"model family {model_type!r} is not supported; known families: {known}. "
+            "A decoder family is one row in bitdistill/model/families.py"
+        )
+    return family
+
+
 def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model, with a padding token (the end-of-text token where it has none)."""
     _check_exists(source)
@@ -81,7 +116,12 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save weights, config, tokenizer and, for a student, the code that loads it without this package."""
+    """Save weights, config, tokenizer and, for a student, the code that loads it without this package.
+
+    Only the main process writes.
+    """
+    if not is_main_process():
+        return
     hf_logging.disable_progress_bar()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -107,6 +147,7 @@ def _refusal(source: str | Path, what: str, error: Exception) -> CheckpointError
     text = text if " " in text else f"{type(error).__name__} {text}".strip()
     text = text if len(text) < 300 else f"{text[:300]} ..."
     remedy = {
+        "config": "fetch or make the checkpoint again",
         "model": "fetch or make the checkpoint again",
         "tokenizer": "put the model's tokenizer.json and tokenizer_config.json into the folder",
     }

@@ -23,7 +23,7 @@ BLOCK_RELATIONS = 1 << 22
 """Relations (heads x tokens x tokens) that exist at the same time, in whole sequences."""
 
 BLOCK_TOKENS = 256
-"""Tokens whose logits exist at the same time; more would only move memory."""
+"""Tokens whose logits are worked on together: a block stays in the processor's cache."""
 
 
 def shifted_labels(labels_BT: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def cross_entropy(hidden_NE: Tensor, head: torch.nn.Module, labels_N: Tensor) ->
         head: the output head, ``[N, E] -> [N, V]``.
         labels_N: the tokens they should predict, ``[N]`` int64.
 
-    Logits are made in blocks of tokens, in fp32, and never for a whole batch at once.
+    Logits are made in blocks of tokens and widened to fp32; autograd keeps what the backward pass needs of each.
     """
     total = hidden_NE.new_zeros((), dtype=torch.promote_types(hidden_NE.dtype, torch.float32))
     for hidden, labels in zip(hidden_NE.split(BLOCK_TOKENS), labels_N.split(BLOCK_TOKENS), strict=True):
@@ -128,10 +128,15 @@ def _relation_kl(
     mask_BTT: Tensor | None,
     query_mask_BT: Tensor | None,
 ) -> Tensor:
-    """Sum over rows, mean over heads, of the KL between the relations of some sequences."""
+    """Sum over rows, mean over heads, of the KL between the relations of some sequences.
+
+    Autocast is off here: under bf16 the matrix product and the softmax round by more than the two relations
+    differ late in training, and the gradient turns away from the true one.
+    """
     mask = None if mask_BTT is None else mask_BTT[:, None]
-    log_s = _log_relations(student_BATE, form, temperature, mask)
-    log_t = _log_relations(teacher_BATE, form, temperature, mask)
+    with torch.autocast(student_BATE.device.type, enabled=False):
+        log_s = _log_relations(student_BATE, form, temperature, mask)
+        log_t = _log_relations(teacher_BATE, form, temperature, mask)
     kl = log_t.exp() * (log_t - log_s)
     if mask is not None:
         kl = kl.masked_fill(~mask, 0.0)

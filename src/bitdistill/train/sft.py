@@ -9,10 +9,11 @@ from ..checkpoint import checkpoint_digest
 from ..config import DistillConfig, Recipe, SftConfig
 from ..data.prompts import PaddedBatch, PromptEncoder, TaskSequences
 from ..data.tasks import Task, load_task
+from ..processes import num_processes
 from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
 from .objective import LanguageModelling
-from .step import num_processes, run_step
+from .step import run_step
 from .trainer import fit, steps_for_epochs
 from .weights import ternary_codes, write_weight_stats
 
@@ -26,7 +27,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "training": to_dict(recipe.sft),
         "task": to_dict(recipe.task),
         "task_digest": task.digest,
-        "source": checkpoint_digest(source),
+        "source": checkpoint_digest(source, recipe.model.revision),
     }
 
     def work(folder: Path) -> dict[str, Any]:
@@ -62,8 +63,8 @@ def train_on_task(
         title=title,
         lengths=dataset.lengths,
     )
-    write_weight_stats(objective.student, folder, codes)
     save_model(objective.student, tokenizer, folder)
+    write_weight_stats(objective.student, folder, codes)
     return metrics
 
 

@@ -13,6 +13,7 @@ from ..checkpoint import checkpoint_digest
 from ..config import Recipe
 from ..data.corpus import PackedSequences, build_shards, collate_packed, source_digest
 from ..model import TernarySpec
+from ..processes import is_main_process, process_state
 from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
 from .step import run_step
@@ -28,14 +29,14 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     settings = {
         "stage": "stage1_refine",
         "refine": to_dict(config),
-        "source": checkpoint_digest(source),
+        "source": checkpoint_digest(source, recipe.model.revision),
     }
     if config.gain == "rms":
-        settings["calibration_corpus"] = source_digest(recipe.corpus)
+        settings["calibration"] = to_dict(recipe.corpus) | {"digest": source_digest(recipe.corpus)}
 
     def work(folder: Path) -> dict:
         tokenizer = load_tokenizer(source, recipe.model.revision)
-        model = load_model(source, recipe.model.revision)
+        model = load_model(source, recipe.model.revision).to(process_state().device)
         spec = TernarySpec(
             norm_sites=config.norm_sites,
             granularity=config.granularity,
@@ -45,7 +46,8 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         )
         calibration = _calibration_batches(recipe, tokenizer) if config.gain == "rms" else None
         student, report = refine(model, spec, calibration)
-        (folder / "surgery.txt").write_text(f"{report}\n", encoding="utf-8")
+        if is_main_process():
+            (folder / "surgery.txt").write_text(f"{report}\n", encoding="utf-8")
         write_weight_stats(student, folder)
         save_model(student, tokenizer, folder)
         return {

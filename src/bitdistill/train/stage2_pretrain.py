@@ -8,10 +8,11 @@ from pathlib import Path
 from ..checkpoint import checkpoint_digest
 from ..config import BaseConfig, PretrainConfig, Recipe
 from ..data.corpus import PackedSequences, Part, build_shards, collate_packed, source_digest
+from ..processes import num_processes
 from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
 from .objective import LanguageModelling
-from .step import num_processes, run_step
+from .step import run_step
 from .trainer import fit, steps_for_tokens
 from .weights import ternary_codes, write_weight_stats
 
@@ -36,7 +37,7 @@ def train_on_corpus(
         "training": to_dict(config),
         "corpus": to_dict(recipe.corpus),
         "corpus_digest": source_digest(recipe.corpus),
-        "source": checkpoint_digest(source),
+        "source": checkpoint_digest(source, recipe.model.revision),
     }
 
     def work(folder: Path) -> dict:
@@ -57,8 +58,8 @@ def train_on_corpus(
             tokenizer=tokenizer,
             title=output_dir.name,
         )
-        write_weight_stats(model, folder, codes)
         save_model(model, tokenizer, folder)
+        write_weight_stats(model, folder, codes)
         return metrics | {"corpus_tokens": len(dataset) * recipe.corpus.sequence_length}
 
     return run_step(output_dir, settings, work)

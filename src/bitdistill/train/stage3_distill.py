@@ -34,7 +34,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "training": to_dict(config) | {"teacher": checkpoint_digest(config.teacher)},
         "task": to_dict(recipe.task),
         "task_digest": task.digest,
-        "source": checkpoint_digest(source),
+        "source": checkpoint_digest(source, recipe.model.revision),
     }
 
     def work(folder: Path) -> dict[str, Any]:

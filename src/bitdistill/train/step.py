@@ -5,24 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
-
 from ..checkpoint import Step
-
-
-def num_processes() -> int:
-    """Processes that train together (1 without a launcher)."""
-    return int(PartialState().num_processes)
-
-
-def is_main_process() -> bool:
-    """Whether this process writes files and prints."""
-    return bool(PartialState().is_main_process)
-
-
-def wait_for_everyone() -> None:
-    """Barrier; returns at once with one process."""
-    PartialState().wait_for_everyone()
+from ..processes import process_state
 
 
 def run_step(output_dir: Path, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> Path:
@@ -33,7 +17,7 @@ def run_step(output_dir: Path, settings: dict[str, Any], work: Callable[[Path], 
     Raises:
         CheckpointError: the folder holds this step made with other settings.
     """
-    state = PartialState()
+    state = process_state()
     step = Step(output_dir, settings)
     if state.is_main_process:
         step.begin()

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
-from ..model import FAMILIES, STUDENT_CLASSES, BitLinear, Family, TernarySpec, find_family
+from ..model import STUDENT_CLASSES, BitLinear, Family, TernarySpec
+from .loading import convertible_family
 from .size import ModelSize, model_size
 
 
@@ -67,26 +68,23 @@ def refine(
     Raises:
         SurgeryError: unknown family, a model that is a student already, or nothing to replace.
     """
-    model_type = model.config.model_type
-    if any(model_type == family.student_type for family in FAMILIES):
-        raise SurgeryError(f"this model is a ternary student already ({model_type}); refine its base instead")
-    family = find_family(model_type)
-    if family is None:
-        known = ", ".join(f.model_type for f in FAMILIES)
-        raise SurgeryError(
-            f"model family {model_type!r} is not supported; known families: {known}. "
-            "A decoder family is one row in bitdistill/model/families.py"
-        )
-    _check_sites(model, family)
+    family = convertible_family(model.config.model_type)
+    _check_sites(model, family, spec)
     student = _make_student(model, family, spec)
     if calibration is not None:
         _calibrate_gains(model, student, calibration)
     return student, _report(model, student, family, spec)
 
 
-def _check_sites(model: PreTrainedModel, family: Family) -> None:
+def _check_sites(model: PreTrainedModel, family: Family, spec: TernarySpec) -> None:
     """A layer without its output projections would lose SubLN silently; say so instead."""
-    names = {name.rpartition(".")[2] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    paths = [path for path, m in model.named_modules() if isinstance(m, nn.Linear)]
+    for pattern in spec.skip:
+        if not any(fnmatch(path, pattern) for path in paths):
+            raise SurgeryError(
+                f"refine.skip: no linear matches {pattern!r}; paths look like {paths[0]}. Nothing was converted."
+            )
+    names = {path.rpartition(".")[2] for path in paths}
     missing = [name for name in family.linears_out if name not in names]
     if missing:
         raise SurgeryError(
@@ -122,8 +120,8 @@ def _calibrate_gains(
     model: PreTrainedModel, student: PreTrainedModel, calibration: Iterable[dict[str, Tensor]]
 ) -> None:
     """Set every SubLN gain to the mean over tokens of the RMS of its input in the full-precision model."""
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, Tensor] = {}
+    sums: dict[str, float] = {}
+    counts: dict[str, float] = {}
     mask = torch.empty(0)
     sites = [n for n, m in student.named_modules() if isinstance(m, BitLinear) and m.norm is not None]
 
@@ -131,8 +129,8 @@ def _calibrate_gains(
         def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module
             rms = args[0].float().pow(2).mean(dim=-1).sqrt() * mask
-            sums[name] = sums.get(name, torch.zeros(())) + rms.sum()
-            counts[name] = counts.get(name, torch.zeros(())) + mask.sum()
+            sums[name] = sums.get(name, 0.0) + float(rms.sum())
+            counts[name] = counts.get(name, 0.0) + float(mask.sum())
 
         return record
 
@@ -140,6 +138,7 @@ def _calibrate_gains(
     model.eval()
     try:
         for batch in calibration:
+            batch = {key: value.to(model.device) for key, value in batch.items()}
             mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).float()
             model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
     finally:
@@ -148,7 +147,7 @@ def _calibrate_gains(
     if not sums:
         raise SurgeryError("no calibration batch was given for gain = 'rms'; give text or use gain = 'one'")
     for name in sites:
-        student.get_submodule(name).norm.weight.fill_(float(sums[name] / counts[name]))
+        student.get_submodule(name).norm.weight.fill_(sums[name] / counts[name])
 
 
 def _report(

@@ -8,11 +8,13 @@ step, a sample order that is a function of (seed, epoch), and a saved checkpoint
 import json
 import logging
 import math
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
@@ -20,7 +22,7 @@ from transformers.utils import logging as hf_logging
 
 from ..config import TrainingConfig
 from ..errors import CheckpointError, TrainingError
-from .callbacks import MetricsFile, ProgressBar, StepSchedules
+from .callbacks import EpochOrder, MetricsFile, ProgressBar, StepSchedules
 from .objective import LanguageModelling, autocast_dtype
 from .schedule import learning_rate_factor
 
@@ -94,7 +96,9 @@ class StudentTrainer(Trainer):
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         del train_dataset
         batch = self.args.train_batch_size * self.accelerator.num_processes
-        return SeededOrder(len(self.train_dataset), self.args.seed, batch, self.lengths)  # type: ignore[arg-type]
+        self.order = SeededOrder(len(self.train_dataset), self.args.seed, batch, self.lengths)  # type: ignore[arg-type]
+        self.add_callback(EpochOrder(self.order))
+        return self.order
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -130,18 +134,22 @@ class StudentTrainer(Trainer):
         outputs = model(**inputs, totals=num_items_in_batch)
         loss = outputs["loss"]
         if not torch.isfinite(loss):
-            kept = self.state.global_step // int(self.args.save_steps) * int(self.args.save_steps)
-            raise TrainingError(
-                f"the loss became {loss.item()} at step {self.state.global_step + 1}; "
-                f"{f'the checkpoint of step {kept} is kept' if kept else 'there is no checkpoint yet'}. "
-                f"Lower the learning rate (now {self.config.learning_rate:g}) or max_grad_norm, or set "
-                "precision = 'fp32'"
-            )
+            raise TrainingError(self._diverged("loss", loss.item(), self.state.global_step + 1))
         for name, value in outputs.items():
             value = value.detach().float()
             self.parts[name] = self.parts[name] + value if name in self.parts else value
         # DDP averages gradients over processes, the totals are already global.
         return loss * self.accelerator.num_processes
+
+    def _diverged(self, what: str, value: float, step: int) -> str:
+        kept = (step - 1) // int(self.args.save_steps) * int(self.args.save_steps)
+        return (
+            f"the {what} became {value} at step {step}; "
+            f"{f'the checkpoint of step {kept} is kept' if kept else 'there is no checkpoint yet'}. "
+            f"Lower the learning rate (now {self.config.learning_rate:g}) or max_grad_norm, or set "
+            "precision = 'fp32', under another name or after deleting "
+            f"{Path(str(self.args.output_dir)).parent}"
+        )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the loss parts, averaged over the steps since the last log."""
@@ -151,6 +159,8 @@ class StudentTrainer(Trainer):
                 logs[name] = round(total / self.parts_steps, 6)
             logs["optim/lr"] = logs.pop("learning_rate")
             logs["optim/grad_norm"] = float(logs.pop("grad_norm", 0.0))
+            if not math.isfinite(logs["optim/grad_norm"]):
+                raise TrainingError(self._diverged("gradient", logs["optim/grad_norm"], self.state.global_step))
             self.parts, self.parts_steps = {}, 0
         super().log(logs, start_time)
 
@@ -229,6 +239,10 @@ def fit(
         seed=seed,
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    if args.n_gpu > 1:
+        # One process drives one device; DataParallel would scatter the totals and share the teacher's hooks.
+        logger.warning("using 1 of %d GPUs; start with accelerate launch or torchrun to use all", args.n_gpu)
+        args._n_gpu = 1
     trainer = StudentTrainer(
         objective=objective,
         config=config,
@@ -260,6 +274,12 @@ def fit(
     finally:
         bar.progress.stop()  # a live bar hides the cursor
     objective.student.config.use_cache = True
+    broken = [n for n, p in objective.student.named_parameters() if not torch.isfinite(p).all()]
+    if broken:
+        raise TrainingError(
+            f"training ended with non-finite weights in {broken[0]}; the step is not finished. "
+            f"Lower the learning rate (now {config.learning_rate:g}) and delete {work_dir} to train it again"
+        )
     return metrics_file.summary()
 
 
@@ -276,19 +296,27 @@ def steps_for_epochs(config: TrainingConfig, epochs: float, examples: int, proce
 
 
 def _resume_point(trainer_dir: Path) -> str | None:
-    """The last checkpoint that was written to its end; Trainer writes ``trainer_state.json`` last.
+    """The last checkpoint that was written to its end and can be opened.
 
     An incomplete one stays where it is: training comes past its step again and writes over it.
     """
     checkpoints = sorted(trainer_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     for path in reversed(checkpoints):
-        try:
-            _steps_done(str(path))
-        except (OSError, ValueError):
-            logger.warning("%s is incomplete (killed while saving); using an earlier one", path)
-            continue
-        return str(path)
+        if _is_whole(path):
+            return str(path)
+        logger.warning("%s is incomplete (killed while saving?); using an earlier one", path)
     return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    """Whether state, weights and optimizer can be opened."""
+    try:
+        _steps_done(str(checkpoint))
+        with safe_open(checkpoint / "model.safetensors", framework="pt"):
+            pass
+    except (OSError, ValueError, KeyError, SafetensorError):
+        return False
+    return zipfile.is_zipfile(checkpoint / "optimizer.pt")
 
 
 def _steps_done(checkpoint: str) -> int:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from ..checkpoint import write_json
 from ..model import FAMILIES, BitLinear
 from ..model.quant import expand_scale, ternarize
+from ..processes import is_main_process
 
 EDGE = 3.0
 BINS = 120
@@ -19,13 +20,10 @@ Codes = dict[str, Tensor]
 
 def _sites(model: nn.Module) -> dict[str, nn.Linear]:
     """Ternary linears, or in a full-precision model those that would be."""
+    linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
+    ternary = {path: m for path, m in linears.items() if isinstance(m, BitLinear)}
     names = {name for family in FAMILIES for name in family.linears}
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, BitLinear)
-        or (isinstance(module, nn.Linear) and path.rpartition(".")[2] in names)
-    }
+    return ternary or {path: m for path, m in linears.items() if path.rpartition(".")[2] in names}
 
 
 def _quantized(module: nn.Linear) -> tuple[Tensor, Tensor]:
@@ -42,24 +40,27 @@ def _quantized(module: nn.Linear) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def ternary_codes(model: nn.Module) -> Codes:
     """Codes of every ternary site, int8, to count flips against later."""
-    return {path: _quantized(module)[0].to(torch.int8) for path, module in _sites(model).items()}
+    return {path: _quantized(module)[0].to("cpu", torch.int8) for path, module in _sites(model).items()}
 
 
 @torch.no_grad()
 def write_weight_stats(model: nn.Module, folder: Path, codes_before: Codes | None = None) -> None:
     """Write ``weights.json``: histogram of latent / scale, trit shares, mass near the thresholds, flips."""
+    sites = _sites(model)
+    if not sites or not is_main_process():
+        return
     edges = torch.linspace(-EDGE, EDGE, BINS + 1)
     counts = torch.zeros(BINS)
     trits = torch.zeros(3)
     near = flips = total = 0.0
-    for path, module in _sites(model).items():
+    for path, module in sites.items():
         code, ratio = _quantized(module)
         counts += torch.histc(ratio.cpu().clamp(-EDGE, EDGE), bins=BINS, min=-EDGE, max=EDGE)
         trits += torch.stack([(code == value).sum() for value in (-1, 0, 1)]).cpu()
         near += float(((ratio.abs() - 0.5).abs() < NEAR_THRESHOLD).sum())
         total += code.numel()
         if codes_before is not None:
-            flips += float((code.to(torch.int8) != codes_before[path]).sum())
+            flips += float((code.to("cpu", torch.int8) != codes_before[path]).sum())
     shares = (trits / total).tolist()
     write_json(
         folder / "weights.json",
