@@ -120,6 +120,25 @@ def test_refining_a_student_again_is_refused(cli, project, student, tmp_path):
     assert contents(student) == before
 
 
+@pytest.mark.parametrize("damage", ["another family", "a student", "a corrupted config"])
+def test_a_run_refuses_such_a_model_before_it_trains_anything(
+    cli, project, damaged, student, tmp_path, damage
+):
+    source, fragments = damaged, ("does not load",)
+    if damage == "another family":
+        change_config(damaged, model_type="gpt2", architectures=["GPT2LMHeadModel"])
+        fragments = ("'gpt2' is not supported", "llama, qwen3")
+    elif damage == "a student":
+        source, fragments = student, ("ternary student already", "refine its base")
+    else:
+        change_config(damaged, hidden_size="wide")
+    outcome = cli(
+        "run", project, "--set", f"model.source={source}", "--set", f"output_dir={tmp_path / 'runs'}"
+    )
+    refused(outcome, *fragments)
+    assert not (tmp_path / "runs").exists()
+
+
 # --- recipes and command lines ---
 
 
@@ -149,6 +168,10 @@ def test_a_recipe_that_is_not_toml_is_named(cli, tmp_path):
     path = tmp_path / "recipe.toml"
     path.write_text("[sft\n")
     refused(cli("run", path), path, "not valid TOML", "line 1")
+
+
+def test_pretraining_without_a_source_or_a_base_is_refused(cli, project, tmp_path):
+    refused(cli("pretrain", project, "--output", tmp_path / "new"), "--source is missing", "[base]")
 
 
 def test_an_unknown_split_is_named(cli, project, llama):
@@ -206,6 +229,8 @@ def test_task_data_in_another_encoding_is_named(cli, project, llama, data, tmp_p
         ("task.template=", ("task.template is empty", "{column}")),
         ("task.template={txt} It was", ("no column 'txt'", "text, label", "task.template")),
         ("task.template={text", ("task.template = '{text'", "}")),
+        ("task.template={text.size} It", ("task.template = '{text.size} It'", "{column}")),
+        ("task.labels=[' a', 'a']", ("task.labels", "two labels are the same")),
         ("task.label_column=class", ("no column 'class'", "task.label_column")),
         ("task.labels=[]", ("task.labels is empty",)),
         ("task.labels=['', 'x']", ("''", "no tokens")),

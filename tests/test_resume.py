@@ -1,7 +1,7 @@
 """A killed run continues to the same weights, bit for bit, and loses what came after its last checkpoint.
 
 One run goes through undisturbed. Another, of the same recipe, is killed three times with SIGKILL, in other
-processes: between checkpoints of the base, while stage 2 writes a checkpoint, and in the second epoch of stage 3.
+processes: between checkpoints of the base, while stage 2 writes a checkpoint, in the second epoch of stage 3.
 """
 
 import errno

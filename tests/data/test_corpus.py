@@ -164,6 +164,12 @@ def test_reading_stops_after_the_wanted_number_of_documents(tmp_path, name):
     assert texts_of(CorpusConfig(source=str(path), max_documents=4)) == some_texts(4)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
+def test_rows_without_text_are_passed_over(tmp_path, name):
+    path = write(tmp_path / name, ["first", None, "", "last"])
+    assert texts_of(CorpusConfig(source=str(path))) == ["first", "last"]
+
+
 def test_bytes_that_are_not_utf8_do_not_stop_a_run(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 soup")
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "caf\xe9 soup"}\n')

@@ -1,7 +1,7 @@
 """The generated task against a reader of its rule, written from the module's description alone:
 
-every adjective has a weight; "slightly" counts once, no adverb twice, "very" three times; a negation turns the
-clause round; what follows a "but" counts double; what somebody else said does not count; good is a sum above zero.
+each adjective has a weight; "slightly" counts once, no adverb twice, "very" three times; a negation turns the
+clause round; what follows a "but" counts double; what somebody else said does not count; good is above zero.
 """
 
 import itertools

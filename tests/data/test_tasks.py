@@ -1,4 +1,4 @@
-"""Tasks: rows become prompts and answers, labels are read by index and text, splits keep related rows together."""
+"""Tasks: rows become prompts and answers, labels are read, splits keep related rows together."""
 
 import itertools
 import json
@@ -57,6 +57,16 @@ def test_text_goes_before_index_where_labels_are_digits(tmp_path):
     assert [(e.label, e.answer) for e in task.test] == [(0, "1"), (1, "0")]
 
 
+def test_labels_that_are_digits_leave_no_room_for_indices(tmp_path):
+    """With labels "1" to "5" the value 0 is no label, though it would be an index."""
+    stars = ("1", "2", "3", "4", "5")
+    rows = [{"text": str(i), "label": i % 5 + 1} for i in range(40)]
+    task = jsonl_task(tmp_path, rows, rows[:5], labels=stars)
+    assert [e.answer for e in task.test] == list(stars)
+    with pytest.raises(DataError, match="evaluation row 1"):
+        jsonl_task(tmp_path, rows, [{"text": "x", "label": 0}], labels=stars)
+
+
 @pytest.mark.parametrize("value", [2, -1, "fine", 0.5, True, "١٢"])
 def test_any_other_label_is_refused_with_its_row(tmp_path, value):
     with pytest.raises(DataError, match="evaluation row 3"):
@@ -113,11 +123,14 @@ def test_parts_are_disjoint_and_cover_the_training_rows(tmp_path):
     assert test == {("unseen It was", " good")}
 
 
-def test_the_recipe_seed_changes_no_part(cli, project):
-    """Every seed of a study sees the same examples."""
+def test_no_seed_changes_any_part(project):
+    """Every seed of a study sees the same examples, whatever was drawn before."""
     from bitdistill.recipe import load_recipe
 
-    tasks = [load_task(load_recipe(project, [f"seed={seed}"]).task) for seed in (0, 1)]
+    tasks = []
+    for seed in (0, 1):
+        random.seed(seed)
+        tasks.append(load_task(load_recipe(project, [f"seed={seed}"]).task))
     assert tasks[0] == tasks[1]
 
 

@@ -1,4 +1,4 @@
-"""Surgery: the student keeps every tensor, the report says what happened, sizes agree with a count by hand."""
+"""Surgery: the student keeps every tensor, the report says what happened, sizes are those counted by hand."""
 
 import copy
 

@@ -77,7 +77,7 @@ def check_family(source: str | Path, revision: str | None = None) -> None:
     _check_exists(source)
     try:
         config = AutoConfig.from_pretrained(str(source), revision=revision)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged config can fail in any way
         raise _refusal(source, "config", error) from error
     convertible_family(config.model_type)
 

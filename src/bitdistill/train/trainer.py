@@ -160,7 +160,9 @@ class StudentTrainer(Trainer):
             logs["optim/lr"] = logs.pop("learning_rate")
             logs["optim/grad_norm"] = float(logs.pop("grad_norm", 0.0))
             if not math.isfinite(logs["optim/grad_norm"]):
-                raise TrainingError(self._diverged("gradient", logs["optim/grad_norm"], self.state.global_step))
+                raise TrainingError(
+                    self._diverged("gradient", logs["optim/grad_norm"], self.state.global_step)
+                )
             self.parts, self.parts_steps = {}, 0
         super().log(logs, start_time)
 
