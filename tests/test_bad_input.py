@@ -640,3 +640,20 @@ def test_the_real_command_prints_nothing_of_the_libraries_beside_its_message(dam
     assert done.stdout == ""
     assert len(done.stderr.splitlines()) == 1
     assert done.stderr.startswith(f"error: {damaged}: the checkpoint lacks {WEIGHT}")
+
+
+def test_a_student_whose_config_names_another_norm_layout_is_refused(cli, student, tmp_path):
+    folder = shutil.copytree(student, tmp_path / "student")
+    config = json.loads((folder / "config.json").read_text())
+    config["ternary"]["norm_sites"] = "none"
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(cli("inspect", folder), ".norm.weight", "do not belong together")
+
+
+def test_a_corpus_file_of_another_kind_is_refused(cli, project, llama, tmp_path):
+    (tmp_path / "a.csv").write_text("text\nhello\n")
+    outcome = cli(
+        "pretrain", project, "--source", llama, "--output", tmp_path / "new", "--set",
+        f"corpus.source='{tmp_path / 'a.csv'}'",
+    )  # fmt: skip
+    refused(outcome, "a.csv", ".jsonl")

@@ -50,6 +50,10 @@ def corpus_files(source: str) -> list[Path]:
     """The files of a local corpus, sorted by name."""
     path = Path(source)
     if path.is_file():
+        if path.suffix not in _SUFFIXES:
+            raise DataError(
+                f"{path}: corpus files end in {', '.join(_SUFFIXES)}; convert it, or rename it if it is one"
+            )
         return [path]
     if path.is_dir():
         return sorted(p for p in path.rglob("*") if p.suffix in _SUFFIXES and p.is_file())
@@ -153,8 +157,8 @@ def _hub_documents(config: CorpusConfig) -> Iterator[tuple[str, str]]:
 
 
 def source_digest(config: CorpusConfig) -> str:
-    """Digest of what a corpus section reads: file contents, or the name of a hub or built-in source."""
-    files = corpus_files(config.source)
+    """Digest of what a corpus section reads: file contents, the grammar's code, or the name of a hub source."""
+    files = [Path(grammar.__file__)] if config.source == "grammar" else corpus_files(config.source)
     content = file_digest(*files) if files else config.source
     return digest_of([content, config.text_column, config.max_documents, config.pretrain_share])
 

@@ -59,6 +59,13 @@ def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str,
             f"{source}: the checkpoint lacks {missing[0]} ({len(missing)} tensors in all){also}; it is incomplete "
             "or its tensors were renamed. Fetch or make it again"
         )
+    unused = sorted(report["unexpected_keys"])
+    if unused and hasattr(model.config, "ternary"):
+        # Another layout of norms in config.json would drop trained gains without a word.
+        raise CheckpointError(
+            f"{source}: {unused[0]} has no place in the student that config.json describes (ternary = "
+            f"{model.config.ternary}); the two files do not belong together. Fetch or make the checkpoint again"
+        )
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
             raise CheckpointError(
