@@ -248,6 +248,43 @@ def test_relation_kd_follows_the_loop_reference(form, masks):
 
 
 @forms
+@masks
+@pytest.mark.parametrize("rows", [1, 3])
+def test_relation_kd_in_blocks_of_sequences_is_that_of_the_whole_batch(form, masks, rows, monkeypatch):
+    student, teacher = small_qkv(batch=4)
+    student = tuple(state.requires_grad_() for state in student)
+    # Four sequences with masks of their own, so that a block taking another's would show.
+    masks = {
+        name: torch.cat([mask, mask.flip(0, 1)]) if name != "causal" else mask for name, mask in masks.items()
+    }
+    options = {"heads": 4, "form": form, **masks}
+    whole = relation_kd(student, teacher, **options)
+    monkeypatch.setattr(losses, "BLOCK_RELATIONS", rows * 4 * 5 * 5)
+    blocks = relation_kd(student, teacher, **options)
+    assert blocks.item() == pytest.approx(reference_relation_kd(student, teacher, **options), rel=1e-10)
+    for gradient, expected in zip(
+        torch.autograd.grad(blocks, student), torch.autograd.grad(whole, student), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_relations_of_at_most_a_block_exist_at_a_time(monkeypatch):
+    student, teacher = small_qkv(batch=5)
+    sizes = []
+    log_softmax = F.log_softmax
+
+    def counted(scores: Tensor, dim: int) -> Tensor:
+        sizes.append(scores.numel())
+        return log_softmax(scores, dim=dim)
+
+    monkeypatch.setattr(losses, "BLOCK_RELATIONS", 2 * 4 * 5 * 5)
+    monkeypatch.setattr(F, "log_softmax", counted)
+    relation_kd(student, teacher, heads=4, form="cosine")
+    # Q, K and V, of student and teacher, in blocks of 2, 2 and 1 sequences of 4 x 5 x 5 relations.
+    assert sizes == [200, 200, 200, 200, 100, 100] * 3
+
+
+@forms
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 12])
 def test_relation_heads_cut_the_concatenated_heads_in_order(form, heads):
     student = qkv(1, 4, heads=4, kv_heads=2, width=6, seed=1)

@@ -11,8 +11,8 @@ from ..config import TrainingConfig
 def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) -> float:
     """Factor on the peak learning rate at optimizer step ``step`` (0-based) of ``total_steps``.
 
-    ``two_stage`` follows the b1.58 training tips: linear decay to 0 over the whole run, its line multiplied by
-    ``two_stage_drop`` from the middle on.
+    ``two_stage`` follows the b1.58 training tips: linear decay to 0 after the warm-up, its line multiplied by
+    ``two_stage_drop`` from the middle of that decay on.
     """
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
