@@ -23,12 +23,17 @@ RUN_FILE = "run.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON under a temporary name and rename it, so that no reader sees half a file."""
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name and rename, so that no reader sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value, whole or not at all."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def digest_of(value: Any) -> str:

@@ -1,8 +1,8 @@
 """The door of this package: ``write_report``."""
 
-import os
 from pathlib import Path
 
+from ..checkpoint import write_text
 from ..errors import CheckpointError
 from .collect import collect
 from .html import render_html
@@ -20,15 +20,8 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     report = collect(run_dir)
     pages = {"report.html": render_html(report), "report.md": render_markdown(report)}
     for name, text in pages.items():
-        _replace(run_dir / name, text)
+        try:
+            write_text(run_dir / name, text)
+        except OSError as error:
+            raise CheckpointError(f"{run_dir / name}: cannot be written ({error.strerror})") from error
     return run_dir / "report.html", run_dir / "report.md"
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write under a temporary name and rename, so that no reader sees half a page."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written ({error.strerror})") from error

@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch.utils.data import Dataset, Sampler
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
 
 from ..config import TrainingConfig
@@ -254,11 +254,7 @@ def fit(
         tokenizer=tokenizer,
         lengths=lengths,
     )
-    trainer.callback_handler.callbacks = [
-        callback
-        for callback in trainer.callback_handler.callbacks
-        if type(callback).__name__ != "PrinterCallback"
-    ]
+    trainer.remove_callback(PrinterCallback)
     metrics_file = MetricsFile(work_dir / "metrics.jsonl")
     trainer.add_callback(StepSchedules(config))
     trainer.add_callback(metrics_file)
