@@ -172,6 +172,8 @@ class TrainingConfig:
 class BaseConfig(TrainingConfig):
     """A full-precision Qwen3-architecture base made from scratch, where no trained one can be had."""
 
+    continue_from: str = ""
+    """Checkpoint of an earlier base to go on from, on the same part of the corpus; empty starts from random weights."""
     tokens: int = 10_000_000
     """Training budget in tokens."""
     vocab_size: int = 8192
@@ -190,6 +192,8 @@ class BaseConfig(TrainingConfig):
     """Width of one head; heads x head_dim need not equal hidden_size."""
     tie_word_embeddings: bool = True
     """Share the embedding with the output head."""
+    initializer_range: float = 0.02
+    """Standard deviation of the random weights; narrow models start faster with about hidden_size^-0.5."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -199,6 +203,9 @@ class BaseConfig(TrainingConfig):
             "base.vocab_size",
             self.vocab_size,
             "use at least 260 (256 bytes and the special tokens)",
+        )
+        _check(
+            self.initializer_range > 0, "base.initializer_range", self.initializer_range, "use a positive number"
         )
         for key in (
             "hidden_size",

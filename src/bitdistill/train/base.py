@@ -25,6 +25,8 @@ def run(recipe: Recipe, output_dir: Path) -> Path:
     config = recipe.base
     if config is None:
         raise ConfigError("this recipe has no [base] section: set model.source to the model to convert")
+    if config.continue_from:
+        return train_on_corpus(recipe, config, "base", config.continue_from, output_dir)
     blank = run_step(
         output_dir.with_name(f"{output_dir.name}-blank"),
         {
@@ -53,6 +55,7 @@ def _make_blank(recipe: Recipe, config: BaseConfig, folder: Path) -> dict:
             head_dim=config.head_dim,
             tie_word_embeddings=config.tie_word_embeddings,
             max_position_embeddings=2048,
+            initializer_range=config.initializer_range,
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
