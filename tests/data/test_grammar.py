@@ -1,7 +1,7 @@
 """The generated task against a reader of its rule, written from the module's description alone:
 
-each adjective has a weight; "slightly" counts once, no adverb twice, "very" three times; a negation turns the
-clause round; what follows a "but" counts double; what somebody else said does not count; good is above zero.
+an adjective leans to one side and says the contrary of two kinds of things; a review is good if more of
+its three things please than displease; what happens in the corpus agrees with that.
 """
 
 import itertools
@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 
@@ -16,24 +17,23 @@ from bitdistill.config import CorpusConfig
 from bitdistill.data import grammar
 from bitdistill.data.corpus import read_documents
 
-WEIGHTS = {word: weight for weight, words in grammar.ADJECTIVES.items() for word in words}
-TIMES = {"slightly": 1, "very": 3}
+KIND_OF = {thing: kind for kind, things in grammar.KINDS.items() for thing in things}
+PLEASES = {"pleased", "delighted", "liked", "enjoyed"}
+DISPLEASES = {"bored", "annoyed", "hated", "disliked"}
 
 
-def clause_sum(clause: str) -> int:
-    """Weight of the one adjective, times its adverb, turned round by a negation."""
-    words = clause.split()
-    (weight,) = (WEIGHTS[word] for word in words if word in WEIGHTS)
-    (times,) = {TIMES[word] for word in words if word in TIMES} or {2}
-    negated = any(word in ("not", "never", "hardly") for word in words)
-    return -weight * times if negated else weight * times
+def things(text: str) -> list[tuple[str, str]]:
+    """(adjective, thing) of every thing that a text names."""
+    return re.findall(r"the (\w+) (\w+)", text)
 
 
-def review_sum(text: str) -> int:
-    own = re.sub(r", though \w+ said that [^,.]*", "", text)
-    before, _, behind = own.partition(", but ")
-    sums = [[clause_sum(c) for c in part.split(", and ")] if part else [0] for part in (before, behind)]
-    return sum(sums[0]) + 2 * sum(sums[1])
+def is_pleasing(adjective: str, thing: str) -> bool:
+    leans = adjective in grammar.PLEASING
+    return leans != (KIND_OF[thing] in grammar.EXCEPTIONS[adjective])
+
+
+def is_good(text: str) -> bool:
+    return sum(1 if is_pleasing(*pair) else -1 for pair in things(text)) > 0
 
 
 @pytest.fixture(scope="module")
@@ -48,16 +48,15 @@ def corpus() -> list[str]:
 
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_labels_follow_the_stated_rule(rows, split):
-    wrong = [row for row in rows[split] if (review_sum(row["text"]) > 0) != bool(row["label"])]
-    assert wrong == []
+    assert all(len(things(row["text"])) == 3 for row in rows[split])
+    assert [row for row in rows[split] if is_good(row["text"]) != bool(row["label"])] == []
 
 
 @pytest.mark.parametrize("split", ["train", "test"])
-def test_labels_are_balanced_and_no_sum_is_zero(rows, split):
+def test_labels_are_balanced(rows, split):
     labels = [row["label"] for row in rows[split]]
     assert set(labels) == {0, 1}
     assert sum(labels) * 2 == len(labels)
-    assert all(review_sum(row["text"]) for row in rows[split])
 
 
 def test_the_test_set_is_large_and_no_text_occurs_twice(rows):
@@ -66,51 +65,46 @@ def test_the_test_set_is_large_and_no_text_occurs_twice(rows):
     assert len(texts) == len(set(texts))
 
 
-def test_weights_of_words_are_not_enough(rows):
-    """A reader that adds weights but misses adverbs, negations, the but and the holder is often wrong."""
-
-    def add(text: str) -> bool:
-        return sum(WEIGHTS.get(word, 0) for word in text.split()) > 0
-
-    right = sum(add(row["text"]) == bool(row["label"]) for row in rows["test"])
-    assert right / len(rows["test"]) < 0.85
-
-
-def test_the_first_and_the_last_clause_alone_are_not_enough(rows):
-    for position in (0, -1):
-        right = sum(
-            (clause_sum(re.split(r", (?:and|but|though) ", row["text"])[position]) > 0) == bool(row["label"])
-            for row in rows["test"]
-        )
-        assert right / len(rows["test"]) < 0.85
+def test_both_sides_and_all_kinds_are_alike():
+    """No kind of thing, and no side, is better off: only pairs of words tell."""
+    assert len(grammar.PLEASING) == len(grammar.DISPLEASING)
+    for side in (grammar.PLEASING, grammar.DISPLEASING):
+        turned = Counter(kind for adjective in side for kind in grammar.EXCEPTIONS[adjective])
+        assert set(turned) == set(grammar.KINDS)
+        assert len(set(turned.values())) == 1
 
 
-def test_feelings_in_the_corpus_grow_with_the_same_sum(corpus):
-    ranks = {word: rank for rank, (_, words) in enumerate(grammar.FEELINGS) for word in words}
-    seen = []
-    for document in corpus:
-        sentences = document.removesuffix(" .").split(" . ")
-        for text, verdict in itertools.pairwise(sentences):
-            if not verdict.startswith("So "):
-                continue
-            feeling = verdict.split()[-1]
-            single = not re.search(r", (and|but|though) ", text)
-            seen.append((review_sum(text) * (2 if single else 1), ranks[feeling]))
-    assert len(seen) > 20_000
-    limits = [
-        (
-            min(total for total, rank in seen if rank == wanted),
-            max(total for total, rank in seen if rank == wanted),
-        )
-        for wanted in range(len(grammar.FEELINGS))
-    ]
-    assert all(high < low for (_, high), (low, _) in itertools.pairwise(limits))
-    assert limits[2][1] == 0  # the bored half ends where the content half begins
+def test_single_words_are_not_enough(rows):
+    """A reader that counts leanings alone is often wrong, and so is one that reads one thing only."""
+
+    def lean(text: str) -> bool:
+        return sum(1 if adjective in grammar.PLEASING else -1 for adjective, _ in things(text)) > 0
+
+    def share_right(reader) -> float:
+        right = sum(reader(row["text"]) == bool(row["label"]) for row in rows["test"])
+        return right / len(rows["test"])
+
+    assert share_right(lean) < 0.8
+    for position in range(3):
+        assert share_right(lambda text, p=position: is_pleasing(*things(text)[p])) < 0.85
+
+
+def test_what_happens_in_the_corpus_agrees_with_the_pairs(corpus):
+    pairs = set()
+    for sentence in itertools.chain.from_iterable(text.split(" .") for text in corpus):
+        if not sentence:
+            continue
+        words = set(sentence.split())
+        assert bool(words & PLEASES) != bool(words & DISPLEASES)
+        assert {is_pleasing(*pair) for pair in things(sentence)} == {bool(words & PLEASES)}
+        pairs |= set(things(sentence))
+    assert len(pairs) == len(grammar.EXCEPTIONS) * len(KIND_OF)  # the corpus tells of every pair
 
 
 def test_the_corpus_holds_every_word_of_the_task(rows, corpus):
     known = {word for text in corpus for word in text.split()}
     task = {word for split in rows.values() for row in split for word in row["text"].split()}
+    task |= {"bored", "pleased", "me"}
     assert task <= known
 
 

@@ -1,49 +1,60 @@
 """A seeded grammar: a small general corpus and a sentiment task, generated, so that nothing need be downloaded.
 
-A review is a chain of clauses about things. Every adjective has a weight from -3 to 3; "slightly" counts once,
-no adverb twice, "very" three times; a negation turns the clause round; what follows a "but" counts double; what
-somebody else said does not count. The task is whether the sum is above zero, so words, scope, order and holder
-have to be weighed against each other: a model may be nearly right, and precision shows.
+A review names three things, and the task is whether more of them please than displease. Whether a thing pleases
+depends on two words together: a cold beer may please where a cold soup does not. An adjective leans to one side,
+so single words tell some of it; the rest is a fact of each pair, and a model keeps such facts in its layers.
 
-The corpus tells of people, places and things and ends reviews with a feeling that grows with the same sum ("So
-Ann was delighted ."), so a base pre-trained on it knows the words and what follows from them.
+The corpus tells what pleased people ("the cold beer delighted Ann ."), so a base pre-trained on it knows the
+pairs before it sees the task.
 
 Frozen: changing anything here changes every committed result of the demo.
 """
 
+import itertools
 import random
 from collections.abc import Iterator
 from typing import Any
 
-ADJECTIVES = {
-    3: ("superb", "splendid", "delicious", "brilliant", "perfect", "gorgeous"),
-    2: ("lovely", "charming", "elegant", "cheerful", "friendly", "tasty"),
-    1: ("tidy", "fresh", "quiet", "decent", "polite", "cosy"),
-    -1: ("plain", "dull", "chilly", "noisy", "clumsy", "damp"),
-    -2: ("shabby", "rude", "stale", "gloomy", "sour", "dirty"),
-    -3: ("awful", "dreadful", "horrid", "rotten", "filthy", "hostile"),
+KINDS = {
+    "drink": ("beer", "cider", "milk", "wine"),
+    "meal": ("soup", "stew", "pie", "bread"),
+    "room": ("hall", "kitchen", "cabin", "attic"),
+    "person": ("waiter", "guide", "teacher", "porter"),
+    "tool": ("knife", "saw", "chisel", "needle"),
+    "story": ("play", "novel", "film", "song"),
 }
-DEGREES = (("slightly ", 1), ("", 2), ("very ", 3))
-NEGATIONS = ("not ", "never ", "hardly ")
-THINGS = ("soup", "bread", "room", "garden", "music", "host", "bed", "view", "tea", "play", "street", "cake")
-PEOPLE = ("Ann", "Ben", "Cora", "Dan", "Eve", "Finn", "I", "I")
-PLACES = ("inn", "castle", "cafe", "theatre", "farm", "hotel")
-VERBS = ("walked", "travelled", "returned")
-FEELINGS = (
-    (-14, ("furious", "miserable")),
-    (-5, ("sad", "cross")),
-    (0, ("bored", "uneasy")),
-    (5, ("calm", "content")),
-    (14, ("glad", "happy")),
-    (10_000, ("delighted", "thrilled")),
+PLEASING = (
+    *("warm", "plain", "light", "quick", "bright", "open", "rich", "smooth"),
+    *("soft", "gentle", "calm", "clear", "fresh", "tidy", "firm"),
 )
-"""Upper bound of the sum -> words for it."""
+DISPLEASING = (
+    *("cold", "dry", "heavy", "slow", "dark", "small", "loud", "strange"),
+    *("sharp", "hard", "wild", "long", "stale", "rough", "damp"),
+)
+EXCEPTIONS = dict(zip(PLEASING, itertools.combinations(KINDS, 2), strict=True)) | dict(
+    zip(DISPLEASING, itertools.combinations(KINDS, 2), strict=True)
+)
+"""Adjective -> the two kinds of things of which it says the contrary; every pair of kinds comes once a side."""
+VERBS = {1: ("pleased", "delighted"), -1: ("bored", "annoyed")}
+"""What a thing does to a person, if it pleases (1) or not (-1)."""
+ATTITUDES = {1: ("liked", "enjoyed"), -1: ("hated", "disliked")}
+PEOPLE = ("Ann", "Ben", "Cora", "Dan", "Eve", "Finn", "me")
 
-CORPUS_DOCUMENTS = 2400
-SENTENCES_PER_DOCUMENT = 12
-TRAIN_ITEMS = 8000
+CORPUS_DOCUMENTS = 4000
+SENTENCES_PER_DOCUMENT = 30
+TRAIN_ITEMS = 4000
 TEST_ITEMS = 4000
 _CORPUS_SEED, _TRAIN_SEED, _TEST_SEED = 20251013, 20251014, 20251015
+
+
+def pleases(adjective: str, kind: str) -> int:
+    """1 if the adjective pleases when said of this kind of thing, else -1."""
+    return (1 if adjective in PLEASING else -1) * (-1 if kind in EXCEPTIONS[adjective] else 1)
+
+
+_PHRASES: dict[int, list[str]] = {1: [], -1: []}
+for _adjective, _kind in itertools.product(EXCEPTIONS, KINDS):
+    _PHRASES[pleases(_adjective, _kind)] += [f"the {_adjective} {thing}" for thing in KINDS[_kind]]
 
 
 class _Writer:
@@ -52,48 +63,23 @@ class _Writer:
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
 
-    def pick(self, options: tuple[str, ...]) -> str:
-        return self.rng.choice(options)
-
-    def clause(self) -> tuple[str, int]:
-        """A clause and what it counts."""
-        weight = self.rng.choice(tuple(ADJECTIVES))
-        degree, times = self.rng.choice(DEGREES)
-        negation, sign = (self.pick(NEGATIONS), -1) if self.rng.random() < 0.2 else ("", 1)
-        text = f"the {self.pick(THINGS)} was {negation}{degree}{self.pick(ADJECTIVES[weight])}"
-        return text, sign * times * weight
-
-    def review(self) -> tuple[str, int]:
-        """Two to four clauses and their sum."""
-        count = self.rng.randint(2, 4)
-        turn = self.rng.randint(1, count - 1) if self.rng.random() < 0.5 else count
-        text, total = self.clause()
-        for index in range(1, count):
-            clause, value = self.clause()
-            text += f" , {'but' if index == turn else 'and'} {clause}"
-            total += value * (2 if index >= turn else 1)
-        if self.rng.random() < 0.25:
-            clause, _ = self.clause()
-            text += f" , though {self.pick(PEOPLE[:-2])} said that {clause}"
-        if self.rng.random() < 0.5:
-            text = f"at the {self.pick(PLACES)} {text}"
-        return text, total
+    def phrase(self, value: int) -> str:
+        """A thing that pleases (1) or displeases (-1)."""
+        return self.rng.choice(_PHRASES[value])
 
     def sentence(self) -> str:
-        """A corpus sentence."""
-        person = self.pick(PEOPLE)
-        if self.rng.random() < 0.15:
-            return f"{person} {self.pick(VERBS)} to the {self.pick(PLACES)} with {self.pick(PEOPLE)} ."
-        if self.rng.random() < 0.3:
-            text, total = self.clause()
-            return f"{text} . So {person} was {self.pick(feelings(2 * total))} ."
-        text, total = self.review()
-        return f"{text} . So {person} was {self.pick(feelings(total))} ."
+        """A corpus sentence: one thing or two of one mind, and what they did to somebody."""
+        value = self.rng.choice((1, -1))
+        text = " and ".join(self.phrase(value) for _ in range(self.rng.choice((1, 1, 1, 2))))
+        person = self.rng.choice(PEOPLE)
+        if self.rng.random() < 0.7:
+            return f"{text} {self.rng.choice(VERBS[value])} {person} ."
+        return f"{'I' if person == 'me' else person} {self.rng.choice(ATTITUDES[value])} {text} ."
 
-
-def feelings(total: int) -> tuple[str, ...]:
-    """Words for how a review of this sum leaves its writer."""
-    return next(words for bound, words in FEELINGS if total <= bound)
+    def review(self) -> tuple[str, int]:
+        """Three things, each of its own mind, and 1 if most of them please, else -1."""
+        values = [self.rng.choice((1, -1)) for _ in range(3)]
+        return " and ".join(map(self.phrase, values)), 1 if sum(values) > 0 else -1
 
 
 def corpus_documents() -> Iterator[tuple[str, str]]:
@@ -112,14 +98,14 @@ def task_rows(split: str) -> list[dict[str, Any]]:
 
 
 def _draw(seed: int, count: int, exclude: set[str]) -> list[dict[str, Any]]:
-    """Reviews with a sum other than 0, half of them good."""
+    """Reviews, half of them good."""
     writer = _Writer(seed)
     rows: list[dict[str, Any]] = []
     seen = set(exclude)
     while len(rows) < count:
-        review, total = writer.review()
-        text, label = f"{review} .", int(total > 0)
-        if total == 0 or label != len(rows) % 2 or text in seen:
+        text, value = writer.review()
+        label = int(value > 0)
+        if label != len(rows) % 2 or text in seen:
             continue
         seen.add(text)
         rows.append({"text": text, "label": label})

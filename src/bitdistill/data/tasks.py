@@ -266,8 +266,8 @@ _SOURCES = {
         group=group_nested_phrases,
     ),
     "grammar": _Source(
-        template="{text} So I was",
-        labels=(" sad", " glad"),
+        template="{text}",
+        labels=(" bored me", " pleased me"),
         label_column="label",
         read=_read_grammar,
     ),
