@@ -205,7 +205,10 @@ class BaseConfig(TrainingConfig):
             "use at least 260 (256 bytes and the special tokens)",
         )
         _check(
-            self.initializer_range > 0, "base.initializer_range", self.initializer_range, "use a positive number"
+            self.initializer_range > 0,
+            "base.initializer_range",
+            self.initializer_range,
+            "use a positive number",
         )
         for key in (
             "hidden_size",
