@@ -302,7 +302,7 @@ class DistillConfig(TrainingConfig):
     """Folder or hub id of the fine-tuned teacher; a ``run`` fills in its FP16-SFT."""
     lambda_logits: float = 1.0
     """Weight of the logits KD; 0 switches it off."""
-    gamma_relation: float = 10.0
+    gamma_relation: float = 1.0
     """Weight of the attention-relation KD; 0 switches it off."""
     temperature: float = 5.0
     """Temperature of the logits KD."""
