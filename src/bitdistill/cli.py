@@ -6,6 +6,7 @@ Modules that need torch are imported inside the commands, so that ``--help`` ans
 import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,11 @@ _TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 _debug = False
 
 
+def _is_first_process() -> bool:
+    """``is_main_process`` by the launcher's word alone, without torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         console.print(f"bitdistill {__version__}", highlight=False)
@@ -68,7 +74,7 @@ def root(
     global _debug
     _debug = debug
     logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
+        level=logging.DEBUG if debug else logging.INFO if _is_first_process() else logging.WARNING,
         format="%(message)s",
         handlers=[RichHandler(console=stderr, show_path=debug, show_level=debug, show_time=True)],
     )
@@ -114,6 +120,8 @@ def refine(
     from .train import stage1_refine
 
     _step(stage1_refine.run, _load(recipe, set_), source, output, json_path)
+    if not _is_first_process():
+        return
     surgery = (output / "surgery.txt").read_text(encoding="utf-8")
     console.print(surgery.rstrip(), highlight=False, soft_wrap=True)
 
@@ -253,17 +261,18 @@ def _step(
     from .checkpoint import read_run
 
     finished = step(recipe, source, output)
+    if not _is_first_process():
+        return
     console.print(f"{finished}: done", highlight=False, soft_wrap=True)
     _write_json(json_path, read_run(finished))
 
 
 def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
     from . import pipeline
-    from .processes import is_main_process
     from .report.write import write_report
 
     result = pipeline.run(recipe)
-    if not is_main_process():
+    if not _is_first_process():
         return
     console.print(_result_table(result))
     _write_json(json_path, result)

@@ -24,7 +24,7 @@ from .data.prompts import PromptEncoder
 from .data.tasks import Task, load_task
 from .errors import ConfigError
 from .evaluate import Evaluation, TorchScorer, evaluate_classification, evaluate_generation
-from .processes import is_main_process, wait_for_everyone
+from .processes import is_main_process, on_main_process
 from .recipe import to_dict
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
 from .train.loading import check_family, load_model, load_tokenizer
@@ -193,7 +193,10 @@ def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> E
     """
     path = checkpoint / f"eval-{split}.json"
     key = task.digest
-    if is_main_process() and not (path.is_file() and _read_json(path)["task_digest"] == key):
+
+    def evaluate() -> None:
+        if path.is_file() and _read_json(path)["task_digest"] == key:
+            return
         found = evaluate_model(recipe, task, checkpoint, split)
         correct = "".join("1" if c else "0" for c in found.correct)
         write_json(
@@ -206,7 +209,8 @@ def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> E
                 "correct": correct,
             },
         )
-    wait_for_everyone()
+
+    on_main_process(evaluate)
     stored = _read_json(path)
     return Evaluation.of(stored["metric"], [c == "1" for c in stored["correct"]])
 

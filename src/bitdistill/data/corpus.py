@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint import digest_of, file_digest, write_json
 from ..config import CorpusConfig
 from ..errors import DataError
-from ..processes import process_state
+from ..processes import on_main_process
 from . import grammar
 from .textfile import read_jsonl
 
@@ -175,9 +175,12 @@ def build_shards(
     """
     key = digest_of([source_digest(config), part, _tokenizer_digest(tokenizer)])
     folder = cache_dir / f"{part}-{key}"
-    with process_state().main_process_first():
+
+    def build() -> None:
         if not (folder / "meta.json").is_file():
             _tokenize_part(config, part, tokenizer, folder)
+
+    on_main_process(build)
     return folder
 
 

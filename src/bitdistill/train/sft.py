@@ -14,7 +14,7 @@ from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
 from .objective import LanguageModelling
 from .step import run_step
-from .trainer import fit, steps_for_epochs
+from .trainer import fit, steps_for_epochs, training_settings
 from .weights import ternary_codes, write_weight_stats
 
 
@@ -24,7 +24,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     settings = {
         "stage": "sft",
         "seed": recipe.seed,
-        "training": to_dict(recipe.sft),
+        "training": training_settings(recipe.sft),
         "task": to_dict(recipe.task),
         "task_digest": task.digest,
         "source": checkpoint_digest(source, recipe.model.revision),

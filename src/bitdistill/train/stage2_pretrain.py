@@ -13,7 +13,7 @@ from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
 from .objective import LanguageModelling
 from .step import run_step
-from .trainer import fit, steps_for_tokens
+from .trainer import fit, steps_for_tokens, training_settings
 from .weights import ternary_codes, write_weight_stats
 
 
@@ -34,7 +34,7 @@ def train_on_corpus(
         "stage": "stage2_pretrain",
         "part": part,
         "seed": recipe.seed,
-        "training": to_dict(config),
+        "training": training_settings(config),
         "corpus": to_dict(recipe.corpus),
         "corpus_digest": source_digest(recipe.corpus),
         "source": checkpoint_digest(source, recipe.model.revision),

@@ -14,6 +14,7 @@ from .loading import load_model, load_tokenizer
 from .objective import Distillation
 from .sft import step_title, train_on_task
 from .step import run_step
+from .trainer import training_settings
 
 
 def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
@@ -31,7 +32,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     settings = {
         "stage": "stage3_distill",
         "seed": recipe.seed,
-        "training": to_dict(config) | {"teacher": checkpoint_digest(config.teacher)},
+        "training": training_settings(config) | {"teacher": checkpoint_digest(config.teacher)},
         "task": to_dict(recipe.task),
         "task_digest": task.digest,
         "source": checkpoint_digest(source, recipe.model.revision),

@@ -22,6 +22,8 @@ from transformers.utils import logging as hf_logging
 
 from ..config import TrainingConfig
 from ..errors import CheckpointError, TrainingError
+from ..processes import num_processes
+from ..recipe import to_dict
 from .callbacks import EpochOrder, MetricsFile, ProgressBar, StepSchedules
 from .objective import LanguageModelling, autocast_dtype
 from .schedule import learning_rate_factor
@@ -236,6 +238,7 @@ def fit(
         # Trainer reads this while it is made: setting the field afterwards changes nothing.
         bf16=autocast_dtype(config.precision) is torch.bfloat16,
         use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,  # the cross-entropy reaches all of them
         report_to="none",
         remove_unused_columns=False,
         seed=seed,
@@ -279,6 +282,15 @@ def fit(
             f"Lower the learning rate (now {config.learning_rate:g}) and delete {work_dir} to train it again"
         )
     return metrics_file.summary()
+
+
+def training_settings(config: TrainingConfig) -> dict[str, Any]:
+    """A training section as a step's record holds it: with what this machine and its launcher add to the result.
+
+    ``precision`` is the one that computes, not ``auto``; ``processes`` multiplies the global batch.
+    """
+    compute = "fp32" if autocast_dtype(config.precision) is None else "bf16"
+    return to_dict(config) | {"precision": compute, "processes": num_processes()}
 
 
 def steps_for_tokens(config: TrainingConfig, tokens: int, sequence_length: int, processes: int) -> int:
