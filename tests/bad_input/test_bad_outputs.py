@@ -6,7 +6,6 @@ import os
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import transformers
@@ -19,6 +18,8 @@ from refusals import (
 )
 from safetensors import SafetensorError
 
+from bitdistill.data import corpus
+from bitdistill.data.npyfile import GrowingArray
 from bitdistill.train import sft, stage2_pretrain
 from bitdistill.train.trainer import StudentTrainer
 
@@ -169,13 +170,7 @@ def test_a_disk_that_fills_while_weights_are_written_is_recognised(
 def test_a_disk_that_fills_while_the_corpus_is_written_is_recognised(
     cli, project, llama, full_disk, tmp_path, monkeypatch
 ):
-    save = np.save
-
-    def save_elsewhere(path, array):
-        with full_disk.open("wb") as stream:
-            save(stream, array)
-
-    monkeypatch.setattr(np, "save", save_elsewhere)
+    monkeypatch.setattr(corpus, "GrowingArray", lambda path, dtype: GrowingArray(full_disk, dtype))
     refused_full(
         cli(
             "pretrain", project, "--source", llama, "--output", tmp_path / "new",

@@ -30,13 +30,14 @@ def train_on_corpus(
     output_dir: Path,
 ) -> Path:
     """Language modelling of ``source`` on one part of the corpus, for ``config.tokens`` tokens."""
+    corpus_digest = source_digest(recipe.corpus)
     settings = {
         "stage": "stage2_pretrain",
         "part": part,
         "seed": recipe.seed,
         "training": training_settings(config),
         "corpus": to_dict(recipe.corpus),
-        "corpus_digest": source_digest(recipe.corpus),
+        "corpus_digest": corpus_digest,
         "source": checkpoint_digest(source, recipe.model.revision),
     }
 
@@ -44,7 +45,7 @@ def train_on_corpus(
         tokenizer = load_tokenizer(source, recipe.model.revision)
         model = load_model(source, recipe.model.revision)
         codes = ternary_codes(model)
-        shards = build_shards(recipe.corpus, part, tokenizer, recipe.run_dir / "shards")
+        shards = build_shards(recipe.corpus, part, tokenizer, recipe.run_dir / "shards", digest=corpus_digest)
         dataset = PackedSequences(shards, recipe.corpus.sequence_length)
         steps = steps_for_tokens(config, config.tokens, recipe.corpus.sequence_length, num_processes())
         metrics = fit(
