@@ -91,16 +91,16 @@ class Method:
             if learning_rate is not None:
                 config = dataclasses.replace(config, learning_rate=learning_rate)
             return sft.run, dataclasses.replace(recipe, sft=config)
-        changes: dict[str, Any] = {"teacher": str(teacher)} if teacher else {}
+        distill = recipe.distill
+        if teacher is not None:
+            distill = dataclasses.replace(distill, teacher=str(teacher))
         if learning_rate is not None:
-            changes["learning_rate"] = learning_rate
+            distill = dataclasses.replace(distill, learning_rate=learning_rate)
         if "no_logits_kd" in self.switches:
-            changes["lambda_logits"] = 0.0
+            distill = distill.without("lambda_logits")
         if "no_relation_kd" in self.switches:
-            changes["gamma_relation"] = 0.0
-        return stage3_distill.run, dataclasses.replace(
-            recipe, distill=dataclasses.replace(recipe.distill, **changes)
-        )
+            distill = distill.without("gamma_relation")
+        return stage3_distill.run, dataclasses.replace(recipe, distill=distill)
 
     @property
     def needs_teacher(self) -> bool:

@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import Recipe
+from .config import KD_KEYS, Recipe
 from .errors import ConfigError
 
 DISTILL_PRESETS: dict[str, dict[str, Any]] = {
@@ -93,7 +93,9 @@ def build_recipe(document: dict[str, Any], overrides: typing.Sequence[str] = ())
         preset = distill.pop("preset", "default")
         if not isinstance(preset, str) or preset not in DISTILL_PRESETS:
             raise ConfigError(f"distill.preset = {preset!r}: use one of {', '.join(DISTILL_PRESETS)}")
-        document["distill"] = DISTILL_PRESETS[preset] | distill
+        switched_off = {key for weight, keys in KD_KEYS.items() if distill.get(weight) == 0 for key in keys}
+        kept = {key: value for key, value in DISTILL_PRESETS[preset].items() if key not in switched_off}
+        document["distill"] = kept | distill
     return typing.cast("Recipe", _build(Recipe, document, prefix=""))
 
 

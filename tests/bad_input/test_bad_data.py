@@ -69,7 +69,10 @@ def test_a_prompt_without_tokens_is_refused(cli, project, llama, data):
 
 
 def test_generation_that_leaves_no_room_for_a_prompt_is_refused(cli, project, llama):
-    outcome = cli("eval", project, llama, "--set", "task.kind=generation", "--set", "task.max_new_tokens=48")
+    outcome = cli(
+        "eval", project, llama, "--set", "task.kind=generation", "--set", "task.labels=[]",
+        "--set", "task.max_new_tokens=48",
+    )  # fmt: skip
     refused(outcome, "48 tokens leave no room", "task.max_length (now 48)", "task.max_new_tokens")
 
 
