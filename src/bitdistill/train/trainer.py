@@ -24,7 +24,7 @@ from ..config import TrainingConfig
 from ..errors import CheckpointError, TrainingError
 from ..processes import num_processes
 from ..recipe import to_dict
-from .callbacks import EpochOrder, MetricsFile, ProgressBar, StepSchedules
+from .callbacks import CodeStatistics, EpochOrder, MetricsFile, ProgressBar, StepSchedules
 from .objective import LanguageModelling, autocast_dtype
 from .schedule import learning_rate_factor
 
@@ -94,6 +94,8 @@ class StudentTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.parts: dict[str, torch.Tensor] = {}
         self.parts_steps = 0
+        self.codes = CodeStatistics(objective.student)
+        self.add_callback(self.codes)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         del train_dataset
@@ -154,7 +156,7 @@ class StudentTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss parts, averaged over the steps since the last log."""
+        """Add the loss parts, averaged over the steps since the last log, and what the last step did to the codes."""
         if "loss" in logs and self.parts:
             for name, value in self.parts.items():
                 total = float(self.accelerator.reduce(value, reduction="sum"))
@@ -165,6 +167,7 @@ class StudentTrainer(Trainer):
                 raise TrainingError(
                     self._diverged("gradient", logs["optim/grad_norm"], self.state.global_step)
                 )
+            logs |= self.codes.measure()
             self.parts, self.parts_steps = {}, 0
         super().log(logs, start_time)
 
