@@ -217,6 +217,15 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):
     assert recipe.task.labels == ("no", "yes")
 
 
+def test_values_are_taken_as_they_are_and_overrides_win_over_them():
+    values = {"name": 'Ann\'s "run" = 1', "seed": 4, "distill.teacher": "5", "sft.epochs": 2.0}
+    recipe = build_recipe({"name": "x", "seed": 1}, ["sft.epochs=3"], values)
+    assert (recipe.name, recipe.seed) == ('Ann\'s "run" = 1', 4)
+    assert (recipe.distill.teacher, recipe.sft.epochs) == ("5", 3.0)
+    with pytest.raises(ConfigError, match=r"^sft\.epoch: unknown key"):
+        build_recipe({"name": "x"}, [], {"sft.epoch": 1})
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [

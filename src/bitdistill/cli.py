@@ -96,9 +96,8 @@ def demo(
     from .recipe import load_recipe
 
     with resources.as_file(resources.files("bitdistill") / "recipes" / "demo.toml") as path:
-        recipe = load_recipe(
-            path, [_set("output_dir", output), f"seed={seed}", _set("name", name), *(set_ or [])]
-        )
+        options = {"output_dir": str(output), "seed": seed, "name": name}
+        recipe = load_recipe(path, set_ or (), options)
     _run_recipe(recipe, json_path)
 
 
@@ -176,7 +175,7 @@ def distill(
     """Stage 3: fine-tune a student on the recipe's task beside a teacher."""
     from .train import stage3_distill
 
-    config = _load(recipe, [*(set_ or []), _set("distill.teacher", teacher)])
+    config = _load(recipe, set_, {"distill.teacher": teacher})
     _step(stage3_distill.run, config, source, output, json_path)
 
 
@@ -240,15 +239,10 @@ def report(
     _write_json(json_path, {"html": paths[0], "markdown": paths[1]})
 
 
-def _set(key: str, text: object) -> str:
-    """An override whose value is text, whatever characters it holds."""
-    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
-
-
-def _load(path: Path, overrides: list[str] | None) -> "Recipe":
+def _load(path: Path, overrides: list[str] | None, values: dict[str, Any] | None = None) -> "Recipe":
     from .recipe import load_recipe
 
-    return load_recipe(path, overrides or ())
+    return load_recipe(path, overrides or (), values)
 
 
 def _step(
