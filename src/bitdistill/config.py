@@ -1,7 +1,7 @@
 """What a recipe can say: frozen dataclasses, one per section. The only place that holds defaults."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -384,8 +384,8 @@ class DistillConfig(TrainingConfig):
 
     def without(self, weight: str) -> "DistillConfig":
         """The section with one loss of KD_KEYS switched off, and what would then be ignored at its default."""
-        defaults = {f.name: f.default for f in fields(self) if f.name in KD_KEYS[weight]}
-        return replace(self, **defaults, **{weight: 0.0})
+        changes: dict[str, Any] = {key: getattr(type(self), key) for key in KD_KEYS[weight]}
+        return replace(self, **changes | {weight: 0.0})
 
 
 @dataclass(frozen=True, kw_only=True)
