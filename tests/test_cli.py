@@ -265,8 +265,23 @@ def test_a_finished_run_trains_nothing_again(finished, cli):
     outcome = cli(*command)
     assert outcome.status == 0, outcome.err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == weights
-    after = json.loads((folder / "result.json").read_text())
-    assert {k: v for k, v in after.items() if k != "meta"} == {k: v for k, v in before.items() if k != "meta"}
+    # Provenance included: nothing that the table shows was made by the second run.
+    assert json.loads((folder / "result.json").read_text()) == before
+    assert json.loads((folder / "small" / "result.json").read_text()) == before
+
+
+def test_a_run_of_other_methods_is_recorded_anew(finished, cli, tmp_path):
+    command, _, folder = finished
+    path = folder / "small" / "result.json"
+    before = path.read_text()
+    outcome = cli(*command, "--json", tmp_path / "x.json", "--set", 'run.methods=["bitnet_sft"]')
+    assert outcome.status == 0, outcome.err
+    after = json.loads(path.read_text())
+    path.write_text(before)
+    assert after.keys() == {"meta", "bitnet_sft"}
+    assert after["bitnet_sft"] == json.loads(before)["bitnet_sft"]
+    assert after["meta"]["finished"] >= json.loads(before)["meta"]["finished"]
+    assert after["meta"]["recipe"]["run"]["methods"] == ["bitnet_sft"]
 
 
 def test_report_writes_its_pages(finished, cli, tmp_path):
@@ -302,3 +317,7 @@ def test_demo_takes_overrides_and_makes_its_own_base(cli, project, tmp_path):
     assert result["meta"]["eval_items"] == 18
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "Ann's runs" / "tiny" / "base")
     assert (base.config.model_type, base.config.hidden_size) == ("qwen3", 16)
+    records = [json.loads(path.read_text()) for path in (tmp_path / "Ann's runs" / "tiny").glob("*/run.json")]
+    assert {record["settings"]["stage"] for record in records} == {"base", "stage2_pretrain", "sft"}
+    seconds = [record["metrics"].get("train_time_s", record["time_s"]) for record in records]
+    assert result["meta"]["total_time_s"] == pytest.approx(sum(seconds), abs=0.06)

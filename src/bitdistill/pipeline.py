@@ -126,14 +126,30 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if methods[0].name != "fp16_sft":
             methods.insert(0, Method("fp16_sft"))
     for method in methods:
+    path = recipe.run_dir / "result.json"
+    stored = _stored_result(path, recipe)
+    rows: dict[str, Any] = {}
         row, checkpoint = _run_method(recipe, task, method, source, teacher)
         rows[method.key] = row
         if method.name == "fp16_sft" and teacher is None:
             teacher = checkpoint
-        result = {"meta": _meta(recipe, task, rows, time.monotonic() - started)} | rows
-        if is_main_process():
-            write_json(recipe.run_dir / "result.json", result)
-    return result
+        if any(stored.get(key) != value for key, value in rows.items()):
+            stored = {"meta": _meta(recipe, task, rows, time.monotonic() - started)} | rows
+            if is_main_process():
+                write_json(path, stored)
+    return stored
+
+
+def _stored_result(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """What an earlier run of the same recipe left; empty if there is none.
+
+    Where it holds a row that came out again, it stands as it is, with the versions, machine and time that made it.
+    """
+    try:
+        stored = _read_json(path)
+        return stored if stored["meta"]["recipe"] == to_dict(recipe) else {}
+    except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: it is written anew
+        return {}
 
 
 def model_source(recipe: Recipe) -> str | Path:
@@ -176,9 +192,7 @@ def _run_method(
         "learning_rate": training["learning_rate"],
         f"validation_{test.metric}": validation,
         "steps": steps,
-        "time_s": {
-            name: record["metrics"].get("train_time_s", record["time_s"]) for name, record in records.items()
-        },
+        "time_s": {name: step_seconds(record) for name, record in records.items()},
     }
     if len(candidates) > 1:
         row["grid"] = {f"{lr:g}": value for value, lr, _, _ in candidates}
@@ -187,6 +201,11 @@ def _run_method(
 
 
 def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> Evaluation:
+def step_seconds(record: dict[str, Any]) -> float:
+    """Seconds that a step took: of its training, resumes included, where it trains."""
+    return float(record["metrics"].get("train_time_s", record["time_s"]))
+
+
     """Evaluate a finished step on a split of the task; the result is kept in the step's folder.
 
     With several processes the main one evaluates and the others wait for its file.
@@ -242,6 +261,8 @@ def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> d
     times = {step: time_s for row in rows.values() for step, time_s in row["time_s"].items()}
     return {
         "name": recipe.name,
+    if recipe.base is not None:
+        times |= {step: step_seconds(read_run(recipe.run_dir / step)) for step in ("base-blank", "base")}
         "task": task.name,
         "seed": recipe.seed,
         "train_items": len(task.train),
