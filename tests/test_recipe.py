@@ -484,6 +484,13 @@ def test_an_ablation_may_switch_off_a_loss_of_any_preset(preset, switch, weight)
     assert kept == other
 
 
+@pytest.mark.parametrize("section", ["model", "distill"])
+def test_a_revision_of_no_model_is_refused(section):
+    key = {"model": "revision", "distill": "teacher_revision"}[section]
+    with pytest.raises(ConfigError, match=rf"^{section}\.{key} = 'v1': it is not used without"):
+        build(**{section: {key: "v1"}})
+
+
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match=r"absent\.toml: cannot read the recipe .*check the path"):
         load_recipe(tmp_path / "absent.toml")

@@ -36,7 +36,15 @@ class ModelConfig:
     source: str = ""
     """Local folder or Hugging Face hub id; empty when a ``[base]`` section makes the model."""
     revision: str | None = None
-    """Hub revision."""
+    """Hub revision of ``source``; other models that a command names come at their default one."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.revision is None or bool(self.source),
+            "model.revision",
+            self.revision,
+            "it is not used without model.source: name the model",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,6 +336,8 @@ class DistillConfig(TrainingConfig):
     """Passes over the training data."""
     teacher: str = ""
     """Folder or hub id of the fine-tuned teacher; a ``run`` fills in its FP16-SFT."""
+    teacher_revision: str | None = None
+    """Hub revision of ``teacher``."""
     lambda_logits: float = 1.0
     """Weight of the logits KD; 0 switches it off."""
     gamma_relation: float = 10.0
@@ -377,6 +387,12 @@ class DistillConfig(TrainingConfig):
             "distill.teacher_layers",
             self.teacher_layers,
             "give as many as relation_layers, or none",
+        )
+        _check(
+            self.teacher_revision is None or bool(self.teacher),
+            "distill.teacher_revision",
+            self.teacher_revision,
+            "it is not used without distill.teacher: name the teacher",
         )
         for weight, keys in KD_KEYS.items():
             if getattr(self, weight) == 0:
@@ -459,3 +475,7 @@ class Recipe:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    def revision_of(self, source: str | Path) -> str | None:
+        """The hub revision to load a checkpoint at: the recipe's for the recipe's model, none for any other."""
+        return self.model.revision if str(source) == self.model.source else None

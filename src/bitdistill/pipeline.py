@@ -27,7 +27,7 @@ from .evaluate import Evaluation, TorchScorer, evaluate_classification, evaluate
 from .processes import is_main_process, on_main_process
 from .recipe import to_dict
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
-from .train.loading import check_family, load_model, load_tokenizer
+from .train.loading import check_family, load_config, load_model, load_tokenizer
 from .train.size import model_size
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Method:
         return steps
 
     def fine_tune(
-        self, recipe: Recipe, learning_rate: float | None, teacher: Path | None
+        self, recipe: Recipe, learning_rate: float | None, teacher: str | Path | None
     ) -> tuple[StepRun, Recipe]:
         """The task fine-tune of this method at one learning rate (None: the section's own)."""
         if self.name != "bitdistill" or "no_distill" in self.switches:
@@ -115,20 +115,21 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     started = time.monotonic()
     task = load_task(recipe.task)
-    source = model_source(recipe)
-    rows: dict[str, Any] = {}
-    teacher: Path | None = Path(recipe.distill.teacher) if recipe.distill.teacher else None
     methods = [Method(key) for key in recipe.run.methods]
+    teacher: str | Path | None = recipe.distill.teacher or None
+    if teacher is not None and any(m.needs_teacher for m in methods):
+        load_config(teacher, recipe.distill.teacher_revision)  # before hours of training that would lack it
+    source = model_source(recipe)
     if any(not m.name.startswith("fp16") for m in methods):
-        check_family(source, recipe.model.revision)  # before hours of training that could not be used
+        check_family(source, recipe.revision_of(source))  # before hours of training that could not be used
     if teacher is None and any(m.needs_teacher for m in methods):
         methods.sort(key=lambda m: m.name != "fp16_sft")
         if methods[0].name != "fp16_sft":
             methods.insert(0, Method("fp16_sft"))
-    for method in methods:
     path = recipe.run_dir / "result.json"
     stored = _stored_result(path, recipe)
     rows: dict[str, Any] = {}
+    for method in methods:
         row, checkpoint = _run_method(recipe, task, method, source, teacher)
         rows[method.key] = row
         if method.name == "fp16_sft" and teacher is None:
@@ -162,7 +163,7 @@ def model_source(recipe: Recipe) -> str | Path:
 
 
 def _run_method(
-    recipe: Recipe, task: Task, method: Method, source: str | Path, teacher: Path | None
+    recipe: Recipe, task: Task, method: Method, source: str | Path, teacher: str | Path | None
 ) -> tuple[dict[str, Any], Path]:
     checkpoint, steps = source, []
     for folder, step, step_recipe in method.preparation(recipe):
@@ -200,12 +201,12 @@ def _run_method(
     return row, tuned
 
 
-def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> Evaluation:
 def step_seconds(record: dict[str, Any]) -> float:
     """Seconds that a step took: of its training, resumes included, where it trains."""
     return float(record["metrics"].get("train_time_s", record["time_s"]))
 
 
+def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> Evaluation:
     """Evaluate a finished step on a split of the task; the result is kept in the step's folder.
 
     With several processes the main one evaluates and the others wait for its file.
@@ -240,8 +241,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def evaluate_model(recipe: Recipe, task: Task, source: str | Path, split: str) -> Evaluation:
     """Evaluate any checkpoint on ``validation`` or ``test``."""
-    tokenizer = load_tokenizer(source)
-    scorer = TorchScorer(load_model(source), tokenizer)
+    tokenizer = load_tokenizer(source, recipe.revision_of(source))
+    scorer = TorchScorer(load_model(source, recipe.revision_of(source)), tokenizer)
     encoder = PromptEncoder(tokenizer, recipe.task.max_length)
     examples = task.test if split == "test" else task.validation
     if task.kind == "generation":
@@ -251,18 +252,19 @@ def evaluate_model(recipe: Recipe, task: Task, source: str | Path, split: str) -
 
 def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
     """Perplexity of a checkpoint on the part of the corpus that no training step reads."""
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, recipe.revision_of(source))
     shards = build_shards(recipe.corpus, "heldout", tokenizer, recipe.run_dir / "shards")
     sequences = PackedSequences(shards, recipe.corpus.sequence_length)
-    return TorchScorer(load_model(source), tokenizer).perplexity(sequences)
+    model = load_model(source, recipe.revision_of(source))
+    return TorchScorer(model, tokenizer).perplexity(sequences)
 
 
 def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> dict[str, Any]:
     times = {step: time_s for row in rows.values() for step, time_s in row["time_s"].items()}
-    return {
-        "name": recipe.name,
     if recipe.base is not None:
         times |= {step: step_seconds(read_run(recipe.run_dir / step)) for step in ("base-blank", "base")}
+    return {
+        "name": recipe.name,
         "task": task.name,
         "seed": recipe.seed,
         "train_items": len(task.train),

@@ -71,6 +71,15 @@ def test_a_run_refuses_such_a_model_before_it_trains_anything(
     assert not (tmp_path / "runs").exists()
 
 
+def test_a_run_refuses_a_missing_teacher_before_it_trains_anything(cli, project, llama, tmp_path):
+    outcome = cli(
+        "run", project, "--set", f"model.source={llama}", "--set", f"output_dir={tmp_path / 'runs'}",
+        "--set", f"distill.teacher={tmp_path / 'teacher'}",
+    )  # fmt: skip
+    refused(outcome, tmp_path / "teacher", "no such folder")
+    assert not (tmp_path / "runs").exists()
+
+
 # --- damaged checkpoints ---
 
 

@@ -27,12 +27,12 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "training": training_settings(recipe.sft),
         "task": to_dict(recipe.task),
         "task_digest": task.digest,
-        "source": checkpoint_digest(source, recipe.model.revision),
+        "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
 
     def work(folder: Path) -> dict[str, Any]:
-        tokenizer = load_tokenizer(source, recipe.model.revision)
-        objective = LanguageModelling(load_model(source, recipe.model.revision))
+        tokenizer = load_tokenizer(source, recipe.revision_of(source))
+        objective = LanguageModelling(load_model(source, recipe.revision_of(source)))
         return train_on_task(recipe, recipe.sft, task, objective, tokenizer, folder, step_title(output_dir))
 
     return run_step(output_dir, settings, work)

@@ -30,15 +30,15 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     settings = {
         "stage": "stage1_refine",
         "refine": to_dict(config),
-        "source": checkpoint_digest(source, recipe.model.revision),
+        "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
     corpus_digest = source_digest(recipe.corpus) if config.gain == "rms" else ""
     if corpus_digest:
         settings["calibration"] = to_dict(recipe.corpus) | {"digest": corpus_digest}
 
     def work(folder: Path) -> dict:
-        tokenizer = load_tokenizer(source, recipe.model.revision)
-        model = load_model(source, recipe.model.revision).to(process_state().device)
+        tokenizer = load_tokenizer(source, recipe.revision_of(source))
+        model = load_model(source, recipe.revision_of(source)).to(process_state().device)
         spec = TernarySpec(
             norm_sites=config.norm_sites,
             granularity=config.granularity,

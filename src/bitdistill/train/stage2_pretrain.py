@@ -38,12 +38,12 @@ def train_on_corpus(
         "training": training_settings(config),
         "corpus": to_dict(recipe.corpus),
         "corpus_digest": corpus_digest,
-        "source": checkpoint_digest(source, recipe.model.revision),
+        "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
 
     def work(folder: Path) -> dict:
-        tokenizer = load_tokenizer(source, recipe.model.revision)
-        model = load_model(source, recipe.model.revision)
+        tokenizer = load_tokenizer(source, recipe.revision_of(source))
+        model = load_model(source, recipe.revision_of(source))
         codes = ternary_codes(model)
         shards = build_shards(recipe.corpus, part, tokenizer, recipe.run_dir / "shards", digest=corpus_digest)
         dataset = PackedSequences(shards, recipe.corpus.sequence_length)
