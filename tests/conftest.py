@@ -7,6 +7,7 @@ import io
 import itertools
 import json
 import os
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,6 +83,31 @@ def run_cli(*arguments: object) -> Outcome:
 def cli() -> Callable[..., Outcome]:
     """``cli("eval", recipe, folder)`` -> status, stdout, stderr."""
     return run_cli
+
+
+# --- Python in other processes ---
+
+
+def run_python(*arguments: object, processes: int = 1) -> subprocess.CompletedProcess[str]:
+    """``python ARGUMENTS``, or as many processes of it as asked, that torchrun starts to work together."""
+    command = [sys.executable, *map(str, arguments)]
+    if processes > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--no-python", "--nproc-per-node"]
+        command = [sys.executable, *launcher, str(processes), *command]
+    return subprocess.run(
+        command,
+        stdin=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def python() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """``python("-m", "bitdistill", "--help", processes=2)``: see ``run_python``."""
+    return run_python
 
 
 # --- a small project ---
@@ -212,10 +238,20 @@ def make_model() -> Callable[..., PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
+def qwen3(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    """Checkpoint of a small Qwen3 with its tokenizer. Read it, or copy it before damaging it."""
+    return _saved("qwen3", tmp_path_factory, tokenizer)
+
+
+@pytest.fixture(scope="session")
 def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Checkpoint of a small Llama with its tokenizer. Read it, or copy it before damaging it."""
-    folder = tmp_path_factory.mktemp("models") / "llama"
-    small_model("llama").save_pretrained(folder)
+    return _saved("llama", tmp_path_factory, tokenizer)
+
+
+def _saved(family: str, factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
+    folder = factory.mktemp("models") / family
+    small_model(family).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

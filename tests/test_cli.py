@@ -9,10 +9,10 @@ import pytest
 import typer.main
 from transformers import AutoModelForCausalLM
 
-from bitdistill import __version__
+from bitdistill import __version__, pipeline
 from bitdistill import cli as cli_module
 from bitdistill.errors import CheckpointError
-from bitdistill.train import inspection
+from bitdistill.train import inspection, loading, stage3_distill
 
 VERBS = {"demo", "run", "refine", "pretrain", "sft", "distill", "eval", "inspect", "report"}
 
@@ -215,6 +215,51 @@ def test_inspect_writes_the_facts_of_a_checkpoint(cli, chain, tmp_path):
     assert all(key in outcome.out for key in facts)
 
 
+# --- hub revisions ---
+
+
+@pytest.fixture
+def hub(monkeypatch, llama, teacher) -> list[tuple[str, str | None]]:
+    """A hub of two models, ``org/model`` and ``org/teacher``; the list fills with what is loaded at which revision."""
+    loaded, folders = [], {"org/model": llama, "org/teacher": teacher}
+
+    def from_hub(load):
+        def record(source, revision=None):
+            loaded.append((str(source), revision))
+            return load(folders.get(str(source), source))
+
+        return record
+
+    for module in (pipeline, stage3_distill):
+        for name in ("load_model", "load_tokenizer"):
+            monkeypatch.setattr(module, name, from_hub(getattr(loading, name)))
+    return loaded
+
+
+def test_the_teacher_is_loaded_and_recorded_at_its_revision(cli, hub, project, student, tmp_path):
+    outcome = cli(
+        "distill", project, "--source", student, "--teacher", "org/teacher", "--output", tmp_path / "new",
+        "--set", "distill.teacher_revision=v1", "--set", "distill.epochs=0.1",
+        "--set", "model.source=org/model", "--set", "model.revision=v2",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert set(hub) == {("org/teacher", "v1"), (str(student), None)}
+    settings = json.loads((tmp_path / "new" / "run.json").read_text())["settings"]
+    assert settings["training"]["teacher"] == "org/teacher@v1"
+
+
+@pytest.mark.parametrize("flag", [(), ("--perplexity",)], ids=["task", "perplexity"])
+@pytest.mark.parametrize(("source", "revision"), [("org/model", "v2"), ("org/teacher", None)])
+def test_eval_takes_the_recipes_revision_for_the_recipes_model_only(
+    cli, hub, project, source, revision, flag
+):
+    outcome = cli(
+        "eval", project, source, *flag, "--set", "model.source=org/model", "--set", "model.revision=v2"
+    )
+    assert outcome.status == 0, outcome.err
+    assert set(hub) == {(source, revision)}
+
+
 # --- whole runs ---
 
 
@@ -265,8 +310,23 @@ def test_a_finished_run_trains_nothing_again(finished, cli):
     outcome = cli(*command)
     assert outcome.status == 0, outcome.err
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == weights
-    after = json.loads((folder / "result.json").read_text())
-    assert {k: v for k, v in after.items() if k != "meta"} == {k: v for k, v in before.items() if k != "meta"}
+    # Provenance included: nothing that the table shows was made by the second run.
+    assert json.loads((folder / "result.json").read_text()) == before
+    assert json.loads((folder / "small" / "result.json").read_text()) == before
+
+
+def test_a_run_of_other_methods_is_recorded_anew(finished, cli, tmp_path):
+    command, _, folder = finished
+    path = folder / "small" / "result.json"
+    before = path.read_text()
+    outcome = cli(*command, "--json", tmp_path / "x.json", "--set", 'run.methods=["bitnet_sft"]')
+    assert outcome.status == 0, outcome.err
+    after = json.loads(path.read_text())
+    path.write_text(before)
+    assert after.keys() == {"meta", "bitnet_sft"}
+    assert after["bitnet_sft"] == json.loads(before)["bitnet_sft"]
+    assert after["meta"]["finished"] >= json.loads(before)["meta"]["finished"]
+    assert after["meta"]["recipe"]["run"]["methods"] == ["bitnet_sft"]
 
 
 def test_report_writes_its_pages(finished, cli, tmp_path):
@@ -300,5 +360,9 @@ def test_demo_takes_overrides_and_makes_its_own_base(cli, project, tmp_path):
     result = json.loads((tmp_path / "demo.json").read_text())
     assert result["meta"]["recipe"]["seed"] == 3
     assert result["meta"]["eval_items"] == 18
+    records = [json.loads(path.read_text()) for path in (tmp_path / "Ann's runs" / "tiny").glob("*/run.json")]
+    assert {record["settings"]["stage"] for record in records} == {"base", "stage2_pretrain", "sft"}
+    seconds = [record["metrics"].get("train_time_s", record["time_s"]) for record in records]
+    assert result["meta"]["total_time_s"] == pytest.approx(sum(seconds), abs=0.06)
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "Ann's runs" / "tiny" / "base")
     assert (base.config.model_type, base.config.hidden_size) == ("qwen3", 16)

@@ -217,6 +217,15 @@ def test_overrides_win_over_the_file_and_later_ones_over_earlier(tmp_path):
     assert recipe.task.labels == ("no", "yes")
 
 
+def test_values_are_taken_as_they_are_and_overrides_win_over_them():
+    values = {"name": 'Ann\'s "run" = 1', "seed": 4, "distill.teacher": "5", "sft.epochs": 2.0}
+    recipe = build_recipe({"name": "x", "seed": 1}, ["sft.epochs=3"], values)
+    assert (recipe.name, recipe.seed) == ('Ann\'s "run" = 1', 4)
+    assert (recipe.distill.teacher, recipe.sft.epochs) == ("5", 3.0)
+    with pytest.raises(ConfigError, match=r"^sft\.epoch: unknown key"):
+        build_recipe({"name": "x"}, [], {"sft.epoch": 1})
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -378,6 +387,108 @@ def test_an_unknown_method_or_ablation_is_refused(method):
 def test_settings_that_contradict_each_other_are_refused(document, message):
     with pytest.raises(ConfigError, match=message):
         build(**document)
+
+
+@pytest.mark.parametrize(
+    ("document", "key", "value", "remedy"),
+    [
+        ({"distill": {"lambda_logits": 0, "temperature": 2}}, "distill.temperature", 2.0, "lambda_logits"),
+        (
+            {"distill": {"lambda_logits": 0, "tau_squared": True}},
+            "distill.tau_squared",
+            True,
+            "lambda_logits",
+        ),
+        ({"distill": {"lambda_logits": 0, "kd_tokens": "all"}}, "distill.kd_tokens", "all", "lambda_logits"),
+        (
+            {"distill": {"gamma_relation": 0, "relation_form": "cosine"}},
+            "distill.relation_form",
+            "cosine",
+            "gamma_relation",
+        ),
+        (
+            {"distill": {"gamma_relation": 0, "relation_layers": [0]}},
+            "distill.relation_layers",
+            (0,),
+            "gamma_relation",
+        ),
+        (
+            {"distill": {"gamma_relation": 0, "teacher_layers": [3]}},
+            "distill.teacher_layers",
+            (3,),
+            "gamma_relation",
+        ),
+        (
+            {"distill": {"preset": "authors", "lambda_logits": 0, "tau_squared": True}},
+            "distill.tau_squared",
+            True,
+            "lambda_logits",
+        ),
+        ({"task": {"name": "grammar", "data_dir": "x"}}, "task.data_dir", "x", 'name = "jsonl"'),
+        ({"task": {"name": "sst2", "label_column": "y"}}, "task.label_column", "y", 'name = "jsonl"'),
+        ({"task": {"name": "sst2", "eval_file": "a.jsonl"}}, "task.eval_file", "a.jsonl", 'name = "jsonl"'),
+        ({"task": {"name": "jsonl", "max_new_tokens": 3}}, "task.max_new_tokens", 3, 'kind = "generation"'),
+        (
+            {"task": {"name": "jsonl", "kind": "generation", "labels": ["a", "b"]}},
+            "task.labels",
+            ("a", "b"),
+            'kind = "classification"',
+        ),
+        ({"sft": {"two_stage_drop": 0.3}}, "sft.two_stage_drop", 0.3, 'schedule = "two_stage"'),
+        (
+            {"run": {"methods": ["bitdistill:no_distill+no_logits_kd"]}},
+            "run.methods",
+            "bitdistill:no_distill+no_logits_kd",
+            "drop no_logits_kd",
+        ),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(document, key, value, remedy):
+    with pytest.raises(ConfigError) as refusal:
+        build(**document)
+    assert str(refusal.value).startswith(f"{key} = {value!r}: ")
+    assert remedy in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    "document",
+    [
+        {"distill": {"lambda_logits": 0, "temperature": 5}},
+        {"distill": {"preset": "authors", "lambda_logits": 0}},
+        {"distill": {"preset": "authors", "gamma_relation": 0}},
+        {"task": {"name": "sst2", "data_dir": "x", "template": "{sentence} =", "labels": ["a", "b"]}},
+        {"task": {"name": "jsonl", "label_column": "y", "train_file": "a", "eval_file": "b"}},
+        {"task": {"name": "jsonl", "kind": "generation", "max_new_tokens": 3}},
+        {"sft": {"schedule": "two_stage", "two_stage_drop": 0.3}},
+        {"run": {"methods": ["bitdistill:no_logits_kd+no_relation_kd", "bitdistill:no_distill+no_subln"]}},
+    ],
+)
+def test_settings_that_are_used_or_at_their_default_are_accepted(document):
+    assert build_recipe(to_dict(build(**document))) == build(**document)
+
+
+@pytest.mark.parametrize("preset", sorted(DISTILL_PRESETS))
+@pytest.mark.parametrize(
+    ("switch", "weight"), [("no_logits_kd", "lambda_logits"), ("no_relation_kd", "gamma_relation")]
+)
+def test_an_ablation_may_switch_off_a_loss_of_any_preset(preset, switch, weight):
+    from bitdistill.pipeline import Method
+
+    recipe = build(distill={"preset": preset, "teacher": "t"})
+    _, ablated = Method(f"bitdistill:{switch}").fine_tune(recipe, None, None)
+    kept, other = (
+        getattr(r.distill, "gamma_relation" if "logits" in switch else "lambda_logits")
+        for r in (ablated, recipe)
+    )
+    assert getattr(ablated.distill, weight) == 0
+    assert kept == other
+
+
+@pytest.mark.parametrize("section", ["model", "distill"])
+def test_a_revision_of_no_model_is_refused(section):
+    key = {"model": "revision", "distill": "teacher_revision"}[section]
+    with pytest.raises(ConfigError, match=rf"^{section}\.{key} = 'v1': it is not used without"):
+        build(**{section: {key: "v1"}})
 
 
 def test_a_missing_file_is_named(tmp_path):

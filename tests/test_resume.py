@@ -9,8 +9,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -147,18 +145,11 @@ def undisturbed(cli, recipe) -> Path:
 
 
 @pytest.fixture(scope="module")
-def killed(cli, recipe) -> tuple[Path, list[list[str]]]:
+def killed(cli, python, recipe) -> tuple[Path, list[list[str]]]:
     """The run folder, and the checkpoints that each kill left."""
     output, left = recipe.parent / "killed", []
     for kill in KILLS:
-        arguments = [*map(str, kill), *map(str, command(recipe, output))]
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, *arguments],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        done = python("-c", KILLED, *kill, *command(recipe, output))
         assert done.returncode == -signal.SIGKILL, done.stderr
         trainer = output / "run" / f"{kill[0]}.partial" / "trainer"
         assert not (output / "run" / kill[0]).exists()

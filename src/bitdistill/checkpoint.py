@@ -21,6 +21,11 @@ from .errors import CheckpointError
 
 RUN_FILE = "run.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
+_TO_CONTINUE = {
+    "training.processes": "The global batch depends on the processes: start as many as before to continue it.",
+    "training.precision": "Set its precision to the one it was made with to continue it.",
+}
+"""What to do about settings that the machine or its launcher decides."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -163,9 +168,13 @@ class Step:
         before = read_run(folder)["settings"]
         changed = sorted(_differences(before, self.settings))
         if changed:
+            advice = "".join(
+                f"{text} " for key, text in _TO_CONTINUE.items() if any(key in c for c in changed)
+            )
             raise CheckpointError(
                 f"{folder} was made with other settings ({'; '.join(changed)}). "
-                f"Nothing was changed. Use another name or --set output_dir=..., or delete that folder to redo it."
+                f"Nothing was changed. {advice}Use another name or --set output_dir=..., or delete that folder to "
+                "redo it."
             )
 
     def finish(self, metrics: dict[str, Any], seconds: float) -> Path:

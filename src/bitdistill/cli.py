@@ -6,6 +6,7 @@ Modules that need torch are imported inside the commands, so that ``--help`` ans
 import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -50,6 +51,11 @@ _TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 _debug = False
 
 
+def _is_first_process() -> bool:
+    """``is_main_process`` by the launcher's word alone, without torch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _version(wanted: bool) -> None:
     if wanted:
         console.print(f"bitdistill {__version__}", highlight=False)
@@ -68,7 +74,7 @@ def root(
     global _debug
     _debug = debug
     logging.basicConfig(
-        level=logging.DEBUG if debug else logging.INFO,
+        level=logging.DEBUG if debug else logging.INFO if _is_first_process() else logging.WARNING,
         format="%(message)s",
         handlers=[RichHandler(console=stderr, show_path=debug, show_level=debug, show_time=True)],
     )
@@ -90,9 +96,8 @@ def demo(
     from .recipe import load_recipe
 
     with resources.as_file(resources.files("bitdistill") / "recipes" / "demo.toml") as path:
-        recipe = load_recipe(
-            path, [_set("output_dir", output), f"seed={seed}", _set("name", name), *(set_ or [])]
-        )
+        options = {"output_dir": str(output), "seed": seed, "name": name}
+        recipe = load_recipe(path, set_ or (), options)
     _run_recipe(recipe, json_path)
 
 
@@ -114,6 +119,8 @@ def refine(
     from .train import stage1_refine
 
     _step(stage1_refine.run, _load(recipe, set_), source, output, json_path)
+    if not _is_first_process():
+        return
     surgery = (output / "surgery.txt").read_text(encoding="utf-8")
     console.print(surgery.rstrip(), highlight=False, soft_wrap=True)
 
@@ -168,7 +175,7 @@ def distill(
     """Stage 3: fine-tune a student on the recipe's task beside a teacher."""
     from .train import stage3_distill
 
-    config = _load(recipe, [*(set_ or []), _set("distill.teacher", teacher)])
+    config = _load(recipe, set_, {"distill.teacher": teacher})
     _step(stage3_distill.run, config, source, output, json_path)
 
 
@@ -232,15 +239,10 @@ def report(
     _write_json(json_path, {"html": paths[0], "markdown": paths[1]})
 
 
-def _set(key: str, text: object) -> str:
-    """An override whose value is text, whatever characters it holds."""
-    return f"{key}={json.dumps(str(text), ensure_ascii=False)}"
-
-
-def _load(path: Path, overrides: list[str] | None) -> "Recipe":
+def _load(path: Path, overrides: list[str] | None, values: dict[str, Any] | None = None) -> "Recipe":
     from .recipe import load_recipe
 
-    return load_recipe(path, overrides or ())
+    return load_recipe(path, overrides or (), values)
 
 
 def _step(
@@ -253,17 +255,18 @@ def _step(
     from .checkpoint import read_run
 
     finished = step(recipe, source, output)
+    if not _is_first_process():
+        return
     console.print(f"{finished}: done", highlight=False, soft_wrap=True)
     _write_json(json_path, read_run(finished))
 
 
 def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
     from . import pipeline
-    from .processes import is_main_process
     from .report.write import write_report
 
     result = pipeline.run(recipe)
-    if not is_main_process():
+    if not _is_first_process():
         return
     console.print(_result_table(result))
     _write_json(json_path, result)

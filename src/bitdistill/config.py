@@ -1,8 +1,9 @@
 """What a recipe can say: frozen dataclasses, one per section. The only place that holds defaults."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from .errors import ConfigError
 
@@ -19,6 +20,15 @@ def _check(ok: bool, key: str, value: object, remedy: str) -> None:
         raise ConfigError(f"{key} = {value!r}: {remedy}")
 
 
+def _check_unused(config: Any, section: str, keys: Iterable[str], remedy: str) -> None:
+    """A setting that would be ignored is an error, unless it is at its default."""
+    for key in keys:
+        value = getattr(config, key)
+        _check(
+            value == getattr(type(config), key), f"{section}.{key}", value, f"it is not used here: {remedy}"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """The off-the-shelf model to convert."""
@@ -26,7 +36,15 @@ class ModelConfig:
     source: str = ""
     """Local folder or Hugging Face hub id; empty when a ``[base]`` section makes the model."""
     revision: str | None = None
-    """Hub revision."""
+    """Hub revision of ``source``; other models that a command names come at their default one."""
+
+    def __post_init__(self) -> None:
+        _check(
+            self.revision is None or bool(self.source),
+            "model.revision",
+            self.revision,
+            "it is not used without model.source: name the model",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +123,17 @@ class TaskConfig:
         )
         _check(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "use at least 1")
         _check(len(self.labels) != 1, "task.labels", self.labels, "give two labels or more, or none at all")
+        if self.name == "grammar":
+            _check_unused(
+                self, "task", ("data_dir",), 'the task is generated; set name = "jsonl" to read files'
+            )
+        if self.name != "jsonl":
+            keys = ("label_column", "train_file", "eval_file")
+            _check_unused(self, "task", keys, f'"{self.name}" has its own; set name = "jsonl"')
+        if self.kind == "classification":
+            _check_unused(self, "task", ("max_new_tokens",), 'nothing is generated; set kind = "generation"')
+        else:
+            _check_unused(self, "task", ("labels",), 'answers are free text; set kind = "classification"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,6 +195,8 @@ class TrainingConfig:
             "use (0, 1]",
         )
         _check(0 < self.adam_beta2 < 1, f"{section}.adam_beta2", self.adam_beta2, "use (0, 1)")
+        if self.schedule != "two_stage":
+            _check_unused(self, section, ("two_stage_drop",), 'set schedule = "two_stage"')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,6 +323,21 @@ class SftConfig(TrainingConfig):
         _check(self.epochs > 0, "sft.epochs", self.epochs, "use a positive number")
 
 
+KD_KEYS = {
+    "lambda_logits": ("temperature", "tau_squared", "kd_tokens"),
+    "gamma_relation": (
+        "relation_form",
+        "relation_heads",
+        "relation_temperature",
+        "relation_states",
+        "relation_mask",
+        "relation_layers",
+        "teacher_layers",
+    ),
+}
+"""Weights of the distillation losses -> the settings that mean nothing when the weight is 0."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(TrainingConfig):
     """Stage 3: CE + lambda_logits * logits KD + gamma_relation * relation KD (BitDistill, eq. 13)."""
@@ -300,6 +346,8 @@ class DistillConfig(TrainingConfig):
     """Passes over the training data."""
     teacher: str = ""
     """Folder or hub id of the fine-tuned teacher; a ``run`` fills in its FP16-SFT."""
+    teacher_revision: str | None = None
+    """Hub revision of ``teacher``."""
     lambda_logits: float = 1.0
     """Weight of the logits KD; 0 switches it off."""
     gamma_relation: float = 1.0
@@ -350,6 +398,20 @@ class DistillConfig(TrainingConfig):
             self.teacher_layers,
             "give as many as relation_layers, or none",
         )
+        _check(
+            self.teacher_revision is None or bool(self.teacher),
+            "distill.teacher_revision",
+            self.teacher_revision,
+            "it is not used without distill.teacher: name the teacher",
+        )
+        for weight, keys in KD_KEYS.items():
+            if getattr(self, weight) == 0:
+                _check_unused(self, "distill", keys, f"{weight} = 0 switches that loss off; set {weight}")
+
+    def without(self, weight: str) -> "DistillConfig":
+        """The section with one loss of KD_KEYS switched off, and what would then be ignored at its default."""
+        changes: dict[str, Any] = {key: getattr(type(self), key) for key in KD_KEYS[weight]}
+        return replace(self, **changes | {weight: 0.0})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -378,6 +440,13 @@ class RunConfig:
                 "run.methods",
                 method,
                 "ablations go with bitdistill only",
+            )
+            idle = {"no_logits_kd", "no_relation_kd"} & set(switches.split("+"))
+            _check(
+                "no_distill" not in switches.split("+") or not idle,
+                "run.methods",
+                method,
+                f"no_distill leaves no teacher to learn from; drop {' and '.join(sorted(idle))}",
             )
         for rate in self.learning_rates:
             _check(rate > 0, "run.learning_rates", rate, "use positive numbers")
@@ -416,3 +485,7 @@ class Recipe:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    def revision_of(self, source: str | Path) -> str | None:
+        """The hub revision to load a checkpoint at: the recipe's for the recipe's model, none for any other."""
+        return self.model.revision if str(source) == self.model.source else None

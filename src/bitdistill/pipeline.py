@@ -24,10 +24,10 @@ from .data.prompts import PromptEncoder
 from .data.tasks import Task, load_task
 from .errors import ConfigError
 from .evaluate import Evaluation, TorchScorer, evaluate_classification, evaluate_generation
-from .processes import is_main_process, wait_for_everyone
+from .processes import is_main_process, on_main_process
 from .recipe import to_dict
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
-from .train.loading import check_family, load_model, load_tokenizer
+from .train.loading import check_family, load_config, load_model, load_tokenizer
 from .train.size import model_size
 
 logger = logging.getLogger(__name__)
@@ -83,7 +83,7 @@ class Method:
         return steps
 
     def fine_tune(
-        self, recipe: Recipe, learning_rate: float | None, teacher: Path | None
+        self, recipe: Recipe, learning_rate: float | None, teacher: str | Path | None
     ) -> tuple[StepRun, Recipe]:
         """The task fine-tune of this method at one learning rate (None: the section's own)."""
         if self.name != "bitdistill" or "no_distill" in self.switches:
@@ -91,16 +91,16 @@ class Method:
             if learning_rate is not None:
                 config = dataclasses.replace(config, learning_rate=learning_rate)
             return sft.run, dataclasses.replace(recipe, sft=config)
-        changes: dict[str, Any] = {"teacher": str(teacher)} if teacher else {}
+        distill = recipe.distill
+        if teacher is not None:
+            distill = dataclasses.replace(distill, teacher=str(teacher))
         if learning_rate is not None:
-            changes["learning_rate"] = learning_rate
+            distill = dataclasses.replace(distill, learning_rate=learning_rate)
         if "no_logits_kd" in self.switches:
-            changes["lambda_logits"] = 0.0
+            distill = distill.without("lambda_logits")
         if "no_relation_kd" in self.switches:
-            changes["gamma_relation"] = 0.0
-        return stage3_distill.run, dataclasses.replace(
-            recipe, distill=dataclasses.replace(recipe.distill, **changes)
-        )
+            distill = distill.without("gamma_relation")
+        return stage3_distill.run, dataclasses.replace(recipe, distill=distill)
 
     @property
     def needs_teacher(self) -> bool:
@@ -115,25 +115,42 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     started = time.monotonic()
     task = load_task(recipe.task)
-    source = model_source(recipe)
-    rows: dict[str, Any] = {}
-    teacher: Path | None = Path(recipe.distill.teacher) if recipe.distill.teacher else None
     methods = [Method(key) for key in recipe.run.methods]
+    teacher: str | Path | None = recipe.distill.teacher or None
+    if teacher is not None and any(m.needs_teacher for m in methods):
+        load_config(teacher, recipe.distill.teacher_revision)  # before hours of training that would lack it
+    source = model_source(recipe)
     if any(not m.name.startswith("fp16") for m in methods):
-        check_family(source, recipe.model.revision)  # before hours of training that could not be used
+        check_family(source, recipe.revision_of(source))  # before hours of training that could not be used
     if teacher is None and any(m.needs_teacher for m in methods):
         methods.sort(key=lambda m: m.name != "fp16_sft")
         if methods[0].name != "fp16_sft":
             methods.insert(0, Method("fp16_sft"))
+    path = recipe.run_dir / "result.json"
+    stored = _stored_result(path, recipe)
+    rows: dict[str, Any] = {}
     for method in methods:
         row, checkpoint = _run_method(recipe, task, method, source, teacher)
         rows[method.key] = row
         if method.name == "fp16_sft" and teacher is None:
             teacher = checkpoint
-        result = {"meta": _meta(recipe, task, rows, time.monotonic() - started)} | rows
-        if is_main_process():
-            write_json(recipe.run_dir / "result.json", result)
-    return result
+        if any(stored.get(key) != value for key, value in rows.items()):
+            stored = {"meta": _meta(recipe, task, rows, time.monotonic() - started)} | rows
+            if is_main_process():
+                write_json(path, stored)
+    return stored
+
+
+def _stored_result(path: Path, recipe: Recipe) -> dict[str, Any]:
+    """What an earlier run of the same recipe left; empty if there is none.
+
+    Where it holds a row that came out again, it stands as it is, with the versions, machine and time that made it.
+    """
+    try:
+        stored = _read_json(path)
+        return stored if stored["meta"]["recipe"] == to_dict(recipe) else {}
+    except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: it is written anew
+        return {}
 
 
 def model_source(recipe: Recipe) -> str | Path:
@@ -146,7 +163,7 @@ def model_source(recipe: Recipe) -> str | Path:
 
 
 def _run_method(
-    recipe: Recipe, task: Task, method: Method, source: str | Path, teacher: Path | None
+    recipe: Recipe, task: Task, method: Method, source: str | Path, teacher: str | Path | None
 ) -> tuple[dict[str, Any], Path]:
     checkpoint, steps = source, []
     for folder, step, step_recipe in method.preparation(recipe):
@@ -176,14 +193,17 @@ def _run_method(
         "learning_rate": training["learning_rate"],
         f"validation_{test.metric}": validation,
         "steps": steps,
-        "time_s": {
-            name: record["metrics"].get("train_time_s", record["time_s"]) for name, record in records.items()
-        },
+        "time_s": {name: step_seconds(record) for name, record in records.items()},
     }
     if len(candidates) > 1:
         row["grid"] = {f"{lr:g}": value for value, lr, _, _ in candidates}
     logger.info("%s: %s %.4f", method.label, test.metric, test.value)
     return row, tuned
+
+
+def step_seconds(record: dict[str, Any]) -> float:
+    """Seconds that a step took: of its training, resumes included, where it trains."""
+    return float(record["metrics"].get("train_time_s", record["time_s"]))
 
 
 def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> Evaluation:
@@ -193,7 +213,10 @@ def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> E
     """
     path = checkpoint / f"eval-{split}.json"
     key = task.digest
-    if is_main_process() and not (path.is_file() and _read_json(path)["task_digest"] == key):
+
+    def evaluate() -> None:
+        if path.is_file() and _read_json(path)["task_digest"] == key:
+            return
         found = evaluate_model(recipe, task, checkpoint, split)
         correct = "".join("1" if c else "0" for c in found.correct)
         write_json(
@@ -206,7 +229,8 @@ def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> E
                 "correct": correct,
             },
         )
-    wait_for_everyone()
+
+    on_main_process(evaluate)
     stored = _read_json(path)
     return Evaluation.of(stored["metric"], [c == "1" for c in stored["correct"]])
 
@@ -217,8 +241,8 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def evaluate_model(recipe: Recipe, task: Task, source: str | Path, split: str) -> Evaluation:
     """Evaluate any checkpoint on ``validation`` or ``test``."""
-    tokenizer = load_tokenizer(source)
-    scorer = TorchScorer(load_model(source), tokenizer)
+    tokenizer = load_tokenizer(source, recipe.revision_of(source))
+    scorer = TorchScorer(load_model(source, recipe.revision_of(source)), tokenizer)
     encoder = PromptEncoder(tokenizer, recipe.task.max_length)
     examples = task.test if split == "test" else task.validation
     if task.kind == "generation":
@@ -228,14 +252,17 @@ def evaluate_model(recipe: Recipe, task: Task, source: str | Path, split: str) -
 
 def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
     """Perplexity of a checkpoint on the part of the corpus that no training step reads."""
-    tokenizer = load_tokenizer(source)
+    tokenizer = load_tokenizer(source, recipe.revision_of(source))
     shards = build_shards(recipe.corpus, "heldout", tokenizer, recipe.run_dir / "shards")
     sequences = PackedSequences(shards, recipe.corpus.sequence_length)
-    return TorchScorer(load_model(source), tokenizer).perplexity(sequences)
+    model = load_model(source, recipe.revision_of(source))
+    return TorchScorer(model, tokenizer).perplexity(sequences)
 
 
 def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> dict[str, Any]:
     times = {step: time_s for row in rows.values() for step, time_s in row["time_s"].items()}
+    if recipe.base is not None:
+        times |= {step: step_seconds(read_run(recipe.run_dir / step)) for step in ("base-blank", "base")}
     return {
         "name": recipe.name,
         "task": task.name,

@@ -1,9 +1,13 @@
 """The processes that work together under ``accelerate launch`` or ``torchrun``; one without a launcher."""
 
 import os
+import sys
+from collections.abc import Callable
 from datetime import timedelta
 
+import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 WAIT = timedelta(hours=12)
 """How long a process waits for the others: the main one tokenises and evaluates while they do."""
@@ -12,7 +16,8 @@ WAIT = timedelta(hours=12)
 def process_state() -> PartialState:
     """The processes and this one's device. The first call decides the time-out of all that follow."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        return PartialState(timeout=WAIT)
+        # Without an accelerator accelerate must be told to use the CPU, or it takes each process for the only one.
+        return PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
     return PartialState()
 
 
@@ -29,3 +34,23 @@ def is_main_process() -> bool:
 def wait_for_everyone() -> None:
     """Barrier; returns at once with one process."""
     process_state().wait_for_everyone()
+
+
+def on_main_process(work: Callable[[], object]) -> None:
+    """Call ``work`` on the main process while the others wait.
+
+    If it fails, the main process raises and the others leave with status 0: the failure is reported once, and
+    the launcher has no cause to stop the main process before it has done so.
+    """
+    error: BaseException | None = None
+    if is_main_process():
+        try:
+            work()
+        except BaseException as caught:
+            error = caught
+    failed = [error is not None]
+    broadcast_object_list(failed)
+    if error is not None:
+        raise error
+    if failed[0]:
+        sys.exit(0)

@@ -14,7 +14,7 @@ import typing
 from pathlib import Path
 from typing import Any, Literal
 
-from .config import Recipe
+from .config import KD_KEYS, Recipe
 from .errors import ConfigError
 
 DISTILL_PRESETS: dict[str, dict[str, Any]] = {
@@ -59,8 +59,12 @@ def to_dict(config: Any) -> dict[str, Any]:
     return typing.cast("dict[str, Any]", json.loads(json.dumps(dataclasses.asdict(config))))
 
 
-def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
-    """Read a TOML recipe and apply ``section.key=value`` overrides.
+def load_recipe(
+    path: str | Path,
+    overrides: typing.Sequence[str] = (),
+    values: typing.Mapping[str, Any] | None = None,
+) -> Recipe:
+    """Read a TOML recipe and apply ``values`` by dotted key, then ``section.key=value`` overrides.
 
     Raises:
         ConfigError: the file is missing or not TOML, or holds an unknown key or an impossible value.
@@ -73,28 +77,39 @@ def load_recipe(path: str | Path, overrides: typing.Sequence[str] = ()) -> Recip
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
     document.setdefault("name", path.stem)
-    return build_recipe(document, overrides)
+    return build_recipe(document, overrides, values)
 
 
-def build_recipe(document: dict[str, Any], overrides: typing.Sequence[str] = ()) -> Recipe:
-    """A ``Recipe`` from a nested dict and ``section.key=value`` overrides."""
+def build_recipe(
+    document: dict[str, Any],
+    overrides: typing.Sequence[str] = (),
+    values: typing.Mapping[str, Any] | None = None,
+) -> Recipe:
+    """A ``Recipe`` from a nested dict, ``values`` by dotted key, and ``section.key=value`` overrides, which win."""
     document = {key: dict(value) if isinstance(value, dict) else value for key, value in document.items()}
+    for key, value in (values or {}).items():
+        _put(document, key, value, key)
     for override in overrides:
         key, separator, text = override.partition("=")
         if not separator:
             raise ConfigError(f"--set {override}: write section.key=value, for example sft.epochs=3")
-        section, _, name = key.strip().rpartition(".")
-        if section and not isinstance(document.setdefault(section, {}), dict):
-            raise ConfigError(f"--set {override}: {section} is not a section")
-        target = document[section] if section else document
-        target[name] = _parse_value(text.strip())
+        _put(document, key.strip(), _parse_value(text.strip()), f"--set {override}")
     distill = document.get("distill")
     if isinstance(distill, dict):
         preset = distill.pop("preset", "default")
         if not isinstance(preset, str) or preset not in DISTILL_PRESETS:
             raise ConfigError(f"distill.preset = {preset!r}: use one of {', '.join(DISTILL_PRESETS)}")
-        document["distill"] = DISTILL_PRESETS[preset] | distill
+        switched_off = {key for weight, keys in KD_KEYS.items() if distill.get(weight) == 0 for key in keys}
+        kept = {key: value for key, value in DISTILL_PRESETS[preset].items() if key not in switched_off}
+        document["distill"] = kept | distill
     return typing.cast("Recipe", _build(Recipe, document, prefix=""))
+
+
+def _put(document: dict[str, Any], key: str, value: Any, what: str) -> None:
+    section, _, name = key.rpartition(".")
+    if section and not isinstance(document.setdefault(section, {}), dict):
+        raise ConfigError(f"{what}: {section} is not a section")
+    (document[section] if section else document)[name] = value
 
 
 def _parse_value(text: str) -> Any:

@@ -1,6 +1,9 @@
 """Corpora: what the shards hold is the text that the files hold, whatever the format."""
 
+import io
 import json
+import tempfile
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -12,9 +15,11 @@ from pyarrow import parquet
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from bitdistill.checkpoint import file_digest
 from bitdistill.config import CorpusConfig
 from bitdistill.data import corpus
 from bitdistill.data.corpus import PackedSequences, build_shards, collate_packed, part_of, read_documents
+from bitdistill.data.npyfile import GrowingArray
 from bitdistill.errors import DataError
 
 PARTS = ("base", "pretrain", "heldout")
@@ -209,6 +214,73 @@ def test_shards_whose_writing_was_cut_are_made_again(tokenizer, tmp_path):
     (folder / "tokens.npy").write_bytes((folder / "tokens.npy").read_bytes()[:200])
     assert build_shards(config, "pretrain", tokenizer, tmp_path / "shards") == folder
     assert np.array_equal(np.load(folder / "tokens.npy"), whole)
+
+
+def test_nothing_is_left_at_the_shards_place_when_writing_is_cut(tokenizer, tmp_path, monkeypatch):
+    config = CorpusConfig(source=str(write(tmp_path / "a.jsonl", some_texts(200))), pretrain_share=1)
+
+    def cut(config):
+        for count, document in enumerate(read_documents(config)):
+            if count == 150:
+                raise KeyboardInterrupt
+            yield document
+
+    with monkeypatch.context() as patch:
+        patch.setattr(corpus, "read_documents", cut)
+        with pytest.raises(KeyboardInterrupt):
+            build_shards(config, "pretrain", tokenizer, tmp_path / "shards")
+    assert [path.suffix for path in (tmp_path / "shards").iterdir()] == [".partial"]
+    folder = build_shards(config, "pretrain", tokenizer, tmp_path / "shards")
+    assert list((tmp_path / "shards").iterdir()) == [folder]
+    fresh = build_shards(config, "pretrain", tokenizer, tmp_path / "fresh")
+    assert stored_documents(folder) == stored_documents(fresh)
+
+
+def test_a_corpus_larger_than_memory_would_fit(tmp_path, monkeypatch):
+    """40 MB of tokens are written with a tenth of that in memory at most."""
+
+    class FiveThousandTokens:
+        eos_token_id, bos_token_id = 0, None
+
+        def __call__(self, texts, **_):
+            return {"input_ids": [[7] * 5000 for _ in texts]}
+
+        def get_vocab(self):
+            return {}
+
+    config = CorpusConfig(source=str(write(tmp_path / "a.txt", ["never read"])), pretrain_share=1)
+    monkeypatch.setattr(corpus, "read_documents", lambda config: ((f"d#{i}", "x") for i in range(2000)))
+    tracemalloc.start()
+    folder = build_shards(config, "pretrain", FiveThousandTokens(), tmp_path / "shards")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    tokens = np.load(folder / "tokens.npy", mmap_mode="r")
+    assert tokens.nbytes > 35e6
+    assert peak < 4e6
+    assert tokens[4998:5003].tolist() == [7, 7, 0, 7, 7]
+
+
+@given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=5), max_size=12))
+def test_a_growing_array_is_what_numpy_would_have_saved(runs):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "grown.npy"
+        with GrowingArray(path, np.uint32) as grown:
+            for run in runs:
+                grown.append(np.asarray(run, dtype=np.uint32))
+        expected = io.BytesIO()
+        np.save(expected, np.asarray([x for run in runs for x in run], dtype=np.uint32))
+        assert path.read_bytes() == expected.getvalue()
+
+
+def test_a_step_reads_its_corpus_once_for_its_digest(cli, project, llama, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(corpus, "file_digest", lambda *paths: read.append(paths) or file_digest(*paths))
+    outcome = cli(
+        "pretrain", project, "--source", llama, "--output", tmp_path / "new",
+        "--set", f"output_dir={tmp_path}", "--set", "pretrain.tokens=64",
+    )  # fmt: skip
+    assert outcome.status == 0, outcome.err
+    assert len(read) == 1
 
 
 # --- sequences ---

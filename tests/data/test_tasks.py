@@ -6,11 +6,12 @@ import random
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from bitdistill.config import TaskConfig
-from bitdistill.data.tasks import Task, group_nested_phrases, load_task
+from bitdistill.data import tasks
+from bitdistill.data.tasks import Example, Task, load_task, sentences_around
 from bitdistill.errors import DataError
 
 
@@ -164,15 +165,36 @@ def contains(outer: list[str], inner: list[str]) -> bool:
 
 
 @given(st.lists(words, min_size=1, max_size=14))
-def test_a_phrase_is_grouped_with_a_longest_text_around_it(texts):
-    """Oracle: brute-force search for every text around every text."""
-    groups = group_nested_phrases([{"sentence": " ".join(text)} for text in texts])
-    for text, group in zip(texts, groups, strict=True):
-        root = texts[group]
-        assert contains(root, text)
-        assert groups[group] == group
+def test_a_phrase_belongs_to_every_sentence_around_it(texts):
+    """Oracle: brute-force search for the texts around every text."""
+    rows = [{"sentence": " ".join(text)} for text in texts]
+    for text, groups in zip(texts, sentences_around(rows), strict=True):
+        found = {" ".join(texts[index]) for index in groups}
         around = [other for other in texts if contains(other, text)]
-        assert len(root) == max(map(len, around))
+        largest = [o for o in around if not any(contains(p, o) and p != o for p in texts)]
+        assert found == {" ".join(sentence) for sentence in largest}
+        assert len(groups) == len(found)
+
+
+@given(st.lists(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=5), min_size=12, max_size=40))
+def test_no_text_of_one_side_holds_a_text_of_the_other(texts):
+    """Oracle: every pair of texts of the two sides. Rows that are on neither side nest in sentences of both."""
+    rows = [{"sentence": " ".join(text)} for text in texts]
+    examples = [Example(row["sentence"], "", 0) for row in rows]
+    config = TaskConfig(name="sst2", validation_share=0.3)
+    try:
+        parts = tasks._split(examples, sentences_around(rows), config)
+    except DataError:  # everything nests in one sentence
+        assume(False)
+    assert parts == tasks._split(examples, sentences_around(rows), config)
+    train, validation = ([e.prompt.split() for e in part] for part in parts)
+    assert len(validation) >= 0.3 * len(texts)
+    for left, right in itertools.product(train, validation):
+        assert not contains(left, right)
+        assert not contains(right, left)
+    for text in texts:
+        if text not in train and text not in validation:
+            assert all(any(contains(other, text) for other in side) for side in (train, validation))
 
 
 def test_phrases_are_on_the_side_of_their_sentence(tmp_path):
@@ -198,15 +220,14 @@ def test_phrases_are_on_the_side_of_their_sentence(tmp_path):
 
 def test_real_sst2_is_read_whole_and_phrases_stay_with_their_sentences(shared_data):
     task = load_task(TaskConfig(name="sst2", data_dir=str(shared_data / "sst2"), template="{sentence}"))
-    assert len(task.train) + len(task.validation) == 67_349
+    assert len(task.train) + len(task.validation) == 67_349 - 1_638
+    assert len(task.validation) == pytest.approx(6_735, abs=60)
     assert len(task.test) == 872
     assert sum(e.label for e in task.test) == 444
-    # Long phrases are cut from one sentence; short ones ("the film") occur in many and stay with one of them.
-    train = {tuple(e.prompt.split()) for e in task.train}
-    validation = {tuple(e.prompt.split()) for e in task.validation}
-    assert not train & validation
-    spans = {words[i : i + 8] for words in train if len(words) > 8 for i in range(len(words) - 7)}
-    long_phrases = [words for words in validation if len(words) == 8]
-    assert len(long_phrases) > 50
-    leaked = [words for words in long_phrases if words in spans]
-    assert len(leaked) / len(long_phrases) < 0.02
+    # Oracle: every run of words of one side looked up on the other.
+    sides = [{tuple(e.prompt.split()) for e in part} for part in (task.train, task.validation)]
+    for left, right in (sides, sides[::-1]):
+        for words in left:
+            assert not any(
+                words[start:end] in right for start, end in itertools.combinations(range(len(words) + 1), 2)
+            )

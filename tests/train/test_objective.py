@@ -347,3 +347,43 @@ def test_accumulation_trains_like_the_batch_it_stands_for(make_model, tokenizer,
         values = [[line[key] for line in lines] for lines in (whole, parts)]
         assert values[0] == pytest.approx(values[1], rel=1e-3), key
     assert whole[0]["loss"] == pytest.approx(whole[0]["loss/ce"], rel=1e-5)
+
+
+# --- what a step does to the codes ---
+
+
+def independent_codes(weights: dict[str, Tensor]) -> Tensor:
+    """Absmean codes (b1.58, eq. 1-3) of the linears of the blocks, in float64."""
+    names = [name for name in weights if "_proj.weight" in name]
+    assert len(names) == 14
+    latents = [weights[name].double() for name in names]
+    return torch.cat([(w / w.abs().mean()).round().clamp(-1, 1).flatten() for w in latents])
+
+
+@pytest.mark.parametrize("logged", [1, 3])
+def test_flip_rate_and_zero_share_are_those_of_the_logged_step(make_model, tokenizer, tmp_path, logged):
+    """Oracle: the weights of runs that end one step before it and at it."""
+    ids = torch.randint(2, 300, (32, 12), generator=torch.Generator().manual_seed(5))
+    dataset = [{"input_ids": row, "labels": row} for row in ids]
+    config = PretrainConfig(
+        precision="fp32", log_every=3, batch_size=4, schedule="constant", warmup_ratio=0, learning_rate=2e-2
+    )
+    codes, lines = [], []
+    for steps in (logged - 1, logged):
+        student = ternary(make_model("llama"))
+        if steps:
+            work = {"work_dir": tmp_path / str(steps), "tokenizer": tokenizer, "title": "test"}
+            objective = LanguageModelling(student)
+            fit(objective, dataset, collate_packed, config, steps=steps, seed=3, **work)
+            lines = [json.loads(line) for line in (tmp_path / str(steps) / "metrics.jsonl").open()]
+        codes.append(independent_codes(student.state_dict()))
+    assert [line["step"] for line in lines] == sorted({1, logged})
+    flips = float((codes[0] != codes[1]).double().mean())
+    assert 0.001 < flips < 0.5
+    assert lines[-1]["quant/flip_rate"] == pytest.approx(flips, abs=1e-4)
+    assert lines[-1]["quant/zero_frac"] == pytest.approx(float((codes[1] == 0).double().mean()), abs=1e-4)
+
+
+def test_a_full_precision_model_has_no_codes_to_log(make_model, tokenizer, tmp_path):
+    lines = metrics(make_model, tokenizer, tmp_path / "dense", batch_size=8)
+    assert not [key for line in lines for key in line if key.startswith("quant/")]

@@ -1,14 +1,17 @@
 """General text -> uint32 token shards -> fixed-length training sequences.
 
-Documents are tokenised once. A shard folder holds ``tokens.npy`` (uint32; every document is followed by the
-end-of-text token, and led by the begin-of-text token where the tokenizer has one), ``documents.npy`` (uint64, the
-offset where each document starts) and ``meta.json``. Which part a document belongs to depends on its name alone, so
-the base's text, stage 2's text and the held-out text never mix.
+Documents are tokenised once, and written as they come, so that a stream of any length needs little memory. A shard
+folder holds ``tokens.npy`` (uint32; every document is followed by the end-of-text token, and led by the begin-of-text
+token where the tokenizer has one), ``documents.npy`` (uint64, the offset where each document starts) and
+``meta.json``; until it is whole its name ends in ``.partial``. Which part a document belongs to depends on its name
+alone, so the base's text, stage 2's text and the held-out text never mix.
 """
 
 import hashlib
 import itertools
 import logging
+import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Literal
@@ -21,8 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint import digest_of, file_digest, write_json
 from ..config import CorpusConfig
 from ..errors import DataError
-from ..processes import process_state
+from ..processes import on_main_process
 from . import grammar
+from .npyfile import GrowingArray
+from .progress import TokenizingProgress
 from .textfile import read_jsonl
 
 logger = logging.getLogger(__name__)
@@ -164,20 +169,29 @@ def source_digest(config: CorpusConfig) -> str:
 
 
 def build_shards(
-    config: CorpusConfig, part: Part, tokenizer: PreTrainedTokenizerBase, cache_dir: Path
+    config: CorpusConfig,
+    part: Part,
+    tokenizer: PreTrainedTokenizerBase,
+    cache_dir: Path,
+    *,
+    digest: str | None = None,
 ) -> Path:
     """Tokenise one part of a corpus into a shard folder under ``cache_dir``; reuse it if it is there.
 
-    With several processes one does the work and the others wait for it.
+    With several processes one does the work and the others wait for it. ``digest`` is ``source_digest(config)``
+    where the caller has it: reading a large corpus for it takes a while.
 
     Raises:
         DataError: the part holds no document.
     """
-    key = digest_of([source_digest(config), part, _tokenizer_digest(tokenizer)])
+    key = digest_of([digest or source_digest(config), part, _tokenizer_digest(tokenizer)])
     folder = cache_dir / f"{part}-{key}"
-    with process_state().main_process_first():
+
+    def build() -> None:
         if not (folder / "meta.json").is_file():
             _tokenize_part(config, part, tokenizer, folder)
+
+    on_main_process(build)
     return folder
 
 
@@ -190,30 +204,33 @@ def _tokenize_part(
             "the tokenizer has no end-of-text token (eos_token); documents could not be separated"
         )
     start = [] if tokenizer.bos_token_id == end else leading_ids(tokenizer)
-    runs: list[np.ndarray] = []
-    starts: list[int] = []
-    total = 0
     documents = (
         text
         for identifier, text in read_documents(config)
         if part_of(identifier, config.pretrain_share) == part
     )
-    for texts in _batches(documents, 64):
-        for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
-            run = np.asarray([*start, *ids, end], dtype=np.uint32)
-            starts.append(total)
-            runs.append(run)
-            total += len(run)
-    if not runs:
+    partial = folder.with_name(f"{folder.name}.partial")
+    for leftover in (partial, folder):  # of a run that was killed; a whole folder does not come here
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    with (
+        GrowingArray(partial / "tokens.npy", np.uint32) as tokens,
+        GrowingArray(partial / "documents.npy", np.uint64) as starts,
+        TokenizingProgress(f"tokenising {part}") as progress,
+    ):
+        for texts in _batches(documents, 64):
+            for ids in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+                starts.append(np.asarray([tokens.size], dtype=np.uint64))
+                tokens.append(np.asarray([*start, *ids, end], dtype=np.uint32))
+            progress.update(starts.size, tokens.size)
+    if not starts.size:
         raise DataError(f"corpus.source = {config.source!r}: no document falls into the {part} part")
-    folder.mkdir(parents=True, exist_ok=True)
-    np.save(folder / "tokens.npy", np.concatenate(runs))
-    np.save(folder / "documents.npy", np.asarray(starts, dtype=np.uint64))
     write_json(
-        folder / "meta.json",
-        {"part": part, "documents": len(starts), "tokens": total, "source": config.source},
+        partial / "meta.json",
+        {"part": part, "documents": starts.size, "tokens": tokens.size, "source": config.source},
     )
-    logger.info("tokenised %s part: %d documents, %d tokens", part, len(starts), total)
+    os.rename(partial, folder)
+    logger.info("tokenised %s part: %d documents, %d tokens", part, starts.size, tokens.size)
 
 
 def leading_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:

@@ -69,7 +69,8 @@ class _Source:
     labels: tuple[str, ...]
     label_column: str
     read: Callable[[TaskConfig], tuple[list[Row], list[Row]]]
-    group: Callable[[Sequence[Row]], list[int]] | None = None
+    groups: Callable[[Sequence[Row]], list[tuple[int, ...]]]
+    """The groups that each row belongs to."""
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -97,7 +98,7 @@ def load_task(config: TaskConfig) -> Task:
     if len(set(stripped)) != len(stripped):
         raise ConfigError(f"task.labels = {labels!r}: two labels are the same")
     rows, test_rows = source.read(config)
-    groups = source.group(rows) if source.group else list(range(len(rows)))
+    groups = source.groups(rows)
     build = _ExampleBuilder(config.kind, template, labels, label_column)
     examples = [build(row, f"training row {i + 1}") for i, row in enumerate(rows)]
     test = [build(row, f"evaluation row {i + 1}") for i, row in enumerate(test_rows)]
@@ -113,25 +114,30 @@ def load_task(config: TaskConfig) -> Task:
 
 
 def _split(
-    examples: list[Example], groups: list[int], config: TaskConfig
+    examples: list[Example], groups: list[tuple[int, ...]], config: TaskConfig
 ) -> tuple[list[Example], list[Example]]:
-    """Hold out whole groups for validation, then subsample the rest."""
+    """Hold out groups for validation, then subsample the rest.
+
+    A row is held out if all its groups are and trained on if none is; one between the two sides is on neither.
+    """
     rng = random.Random(SPLIT_SEED)
-    order = sorted(set(groups))
+    members: dict[int, list[int]] = {}
+    for index, row_groups in enumerate(groups):
+        for group in row_groups:
+            members.setdefault(group, []).append(index)
+    order = sorted(members)
     rng.shuffle(order)
     wanted = config.validation_share * len(examples)
-    sizes: dict[int, int] = {}
-    for group in groups:
-        sizes[group] = sizes.get(group, 0) + 1
-    held: set[int] = set()
+    kept = [len(row_groups) for row_groups in groups]  # groups of each row that are not held out
     count = 0
     for group in order:
         if count >= wanted:
             break
-        held.add(group)
-        count += sizes[group]
-    train = [e for e, group in zip(examples, groups, strict=True) if group not in held]
-    validation = [e for e, group in zip(examples, groups, strict=True) if group in held]
+        for index in members[group]:
+            kept[index] -= 1
+            count += kept[index] == 0
+    train = [e for e, row_groups, k in zip(examples, groups, kept, strict=True) if k == len(row_groups)]
+    validation = [e for e, k in zip(examples, kept, strict=True) if k == 0]
     if not train or not validation:
         raise DataError(
             f"task {config.name}: {len(examples)} training examples are too few to hold out "
@@ -238,23 +244,32 @@ def _read_hub(name: str, subset: str, split: str) -> list[Row]:
         ) from error
 
 
-def group_nested_phrases(rows: Sequence[Row]) -> list[int]:
-    """Group SST-2 rows by the longest text that contains them as a run of whole words.
+def _one_by_one(rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    """Every row is a group of its own."""
+    return [(index,) for index in range(len(rows))]
 
-    SST-2's training rows are phrases cut from its sentences, so a random split would put a phrase on one
-    side and the sentence around it on the other.
+
+def sentences_around(rows: Sequence[Row]) -> list[tuple[int, ...]]:
+    """The sentences around every SST-2 row: indices of the texts that hold it and are in no longer text themselves.
+
+    SST-2's training rows are phrases cut from its sentences, so a random split would put a phrase on one side and
+    the sentence around it on the other. Nor can everything that nests be one group: through short phrases ("the
+    film") all but 8 rows of 67,349 hang together. So a phrase belongs to every sentence that holds it, and one of
+    sentences on both sides is dropped (2.4 % of the rows): no text of one side then holds a text of the other.
     """
-    texts = [str(row["sentence"]).split() for row in rows]
-    group_of_span: dict[tuple[str, ...], int] = {}
-    groups = [0] * len(texts)
+    texts = [tuple(str(row["sentence"]).split()) for row in rows]
+    around: dict[tuple[str, ...], list[int]] = {text: [] for text in texts}
     for index in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
-        words = tuple(texts[index])
-        if words not in group_of_span:
-            for start in range(len(words)):
-                for end in range(start + 1, len(words) + 1):
-                    group_of_span.setdefault(words[start:end], index)
-        groups[index] = group_of_span.get(words, index)
-    return groups
+        words = texts[index]
+        if around[words]:  # in a longer text, or the same as an earlier one
+            continue
+        phrases = {
+            words[start:end] for start in range(len(words)) for end in range(start + 1, len(words) + 1)
+        }
+        for phrase in phrases | {words}:
+            if phrase in around:
+                around[phrase].append(index)
+    return [tuple(around[text]) for text in texts]
 
 
 _SOURCES = {
@@ -263,13 +278,14 @@ _SOURCES = {
         labels=(" terrible", " great"),
         label_column="label",
         read=_read_sst2,
-        group=group_nested_phrases,
+        groups=sentences_around,
     ),
     "grammar": _Source(
         template="{text}",
         labels=(" bored me", " pleased me"),
         label_column="label",
         read=_read_grammar,
+        groups=_one_by_one,
     ),
-    "jsonl": _Source(template="", labels=(), label_column="", read=_read_jsonl_task),
+    "jsonl": _Source(template="", labels=(), label_column="", read=_read_jsonl_task, groups=_one_by_one),
 }

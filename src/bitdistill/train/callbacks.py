@@ -13,6 +13,7 @@ from transformers import TrainerCallback, TrainerState
 from ..config import TrainingConfig
 from ..model import BitLinear
 from .schedule import quant_lambda_at, weight_decay_at
+from .weights import Codes, bit_codes
 
 
 class StepSchedules(TrainerCallback):
@@ -40,6 +41,35 @@ class StepSchedules(TrainerCallback):
         for module in model.modules():
             if isinstance(module, BitLinear):
                 module.quant_lambda = quant_lambda
+
+
+class CodeStatistics(TrainerCallback):
+    """How an optimizer step changes the codes of a ternary student, at the steps that are logged.
+
+    ``quant/flip_rate`` is the share of codes that this one step changed, so it does not depend on how far apart
+    the lines are, nor on a resume between them. ``quant/zero_frac`` is the share of zeros after it.
+    """
+
+    def __init__(self, student: torch.nn.Module) -> None:
+        self.student = student
+        self.before: Codes | None = None
+
+    def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        """Keep the codes, if the step that begins will be logged."""
+        step = state.global_step + 1
+        is_logged = step == 1 or step % state.logging_steps == 0
+        self.before = bit_codes(self.student) if is_logged and state.is_world_process_zero else None
+
+    def measure(self) -> dict[str, float]:
+        """The statistics of the step that has ended; none for a full-precision model."""
+        if not self.before:
+            return {}
+        after = bit_codes(self.student)
+        total = sum(code.numel() for code in after.values())
+        flips = sum(int((code != self.before[path]).sum()) for path, code in after.items())
+        zeros = sum(int((code == 0).sum()) for code in after.values())
+        self.before = None
+        return {"quant/flip_rate": flips / total, "quant/zero_frac": zeros / total}
 
 
 class EpochOrder(TrainerCallback):

@@ -8,6 +8,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -74,6 +75,20 @@ def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str,
             )
 
 
+def load_config(source: str | Path, revision: str | None = None) -> PretrainedConfig:
+    """The config of a model, for checks that need no weights.
+
+    Raises:
+        CheckpointError: nothing there, or it is damaged.
+    """
+    students.register_students()
+    _check_exists(source)
+    try:
+        return AutoConfig.from_pretrained(str(source), revision=revision)
+    except Exception as error:  # a damaged config can fail in any way
+        raise _refusal(source, "config", error) from error
+
+
 def check_family(source: str | Path, revision: str | None = None) -> None:
     """Raise unless stage 1 can convert this model; reads its config only.
 
@@ -81,12 +96,7 @@ def check_family(source: str | Path, revision: str | None = None) -> None:
         CheckpointError: the config does not load.
         SurgeryError: unknown family, or a student already.
     """
-    _check_exists(source)
-    try:
-        config = AutoConfig.from_pretrained(str(source), revision=revision)
-    except Exception as error:  # a damaged config can fail in any way
-        raise _refusal(source, "config", error) from error
-    convertible_family(config.model_type)
+    convertible_family(load_config(source, revision).model_type)
 
 
 def convertible_family(model_type: str) -> students.Family:

@@ -3,7 +3,6 @@
     LanguageModelling   CE                                             stage 2, every plain fine-tune
     Distillation        CE + lambda * logits KD + gamma * relation KD    stage 3 (eq. 13)
 
-
 The losses need hidden states and the output head, so they are computed inside this forward: the hooks
 of DDP and FSDP around it then see every parameter that is used.
 """
@@ -41,25 +40,27 @@ class LanguageModelling(nn.Module):
         """Totals of one micro-batch, int64 ``[len(count_names)]``."""
         return (shifted_labels(batch["labels"]) != IGNORE_INDEX).sum().reshape(1)
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        totals: Tensor,
-        attention_mask: Tensor | None = None,
-    ) -> dict[str, Tensor]:
+    def forward(self, totals: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         """Loss of one micro-batch.
 
         Args:
-            input_ids, labels, attention_mask: ``[B, T]`` int64; labels are IGNORE_INDEX where nothing is learnt.
             totals: ``counts`` summed over the optimizer step.
+            batch: ``input_ids``, ``labels`` and, where there is padding, ``attention_mask``: ``[B, T]`` int64; labels
+                are IGNORE_INDEX where nothing is learnt.
 
         Returns:
             ``loss`` with a graph, and detached parts named as they are logged.
         """
-        hidden = self.student.base_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        loss = self.label_cross_entropy(hidden, labels) / totals[0]
-        return {"loss": loss, "loss/ce": loss.detach()}
+        loss, parts = self.losses(batch, totals)
+        return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
+
+    def losses(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts."""
+        hidden = self.student.base_model(
+            input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")
+        ).last_hidden_state
+        ce = self.label_cross_entropy(hidden, batch["labels"]) / totals[0]
+        return ce, {"loss/ce": ce}
 
     def label_cross_entropy(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """Sum of the cross-entropies of the labelled tokens of ``hidden`` ``[B, T, E]``."""
@@ -111,24 +112,16 @@ class Distillation(LanguageModelling):
             return attention_mask.bool()
         return shifted_labels(labels) != IGNORE_INDEX
 
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        totals: Tensor,
-        attention_mask: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """Loss of one micro-batch and its parts, raw and weighted; arguments as in ``LanguageModelling``."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+    def losses(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum and its parts, raw and weighted."""
         config = self.distill
-        teacher = self.teacher.to(input_ids.device)
-        hidden_s, states_s = self._run(self.student, input_ids, attention_mask, 0)
+        labels, attention_mask = batch["labels"], batch["attention_mask"]
+        teacher = self.teacher.to(labels.device)
+        hidden_s, states_s = self._run(self.student, batch, 0)
         with torch.no_grad():
-            hidden_t, states_t = self._run(teacher, input_ids, attention_mask, 1)
-        ce = self.label_cross_entropy(hidden_s, labels) / totals[0]
-        loss = ce
-        parts = {"loss/ce": ce}
+            hidden_t, states_t = self._run(teacher, batch, 1)
+        loss = self.label_cross_entropy(hidden_s, labels) / totals[0]
+        parts = {"loss/ce": loss}
         if config.lambda_logits:
             chosen = self._kd_mask(labels, attention_mask)
             kd = self._logits_kd(hidden_s[chosen], hidden_t[chosen]) / totals[1]
@@ -140,16 +133,16 @@ class Distillation(LanguageModelling):
             weighted = config.gamma_relation * relation
             loss = loss + weighted
             parts |= {"loss/relation_kd": relation, "loss/relation_kd_weighted": weighted}
-        return {"loss": loss} | {name: value.detach() for name, value in parts.items()}
+        return loss, parts
 
     def _run(
-        self, model: PreTrainedModel, input_ids: Tensor, attention_mask: Tensor, side: int
+        self, model: PreTrainedModel, batch: Mapping[str, Tensor], side: int
     ) -> tuple[Tensor, dict[int, States]]:
         """Final hidden states and the tapped states of one model; ``side`` 0 is the student's, 1 the teacher's."""
         layers = tuple(pair[side] for pair in self.layer_pairs)
         with capture(model, layers, self.distill.relation_states) as states:
             hidden = model.base_model(
-                input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
             ).last_hidden_state
         return hidden, states
 

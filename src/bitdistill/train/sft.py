@@ -14,7 +14,7 @@ from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
 from .objective import LanguageModelling
 from .step import run_step
-from .trainer import fit, steps_for_epochs
+from .trainer import fit, steps_for_epochs, training_settings
 from .weights import ternary_codes, write_weight_stats
 
 
@@ -24,15 +24,15 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     settings = {
         "stage": "sft",
         "seed": recipe.seed,
-        "training": to_dict(recipe.sft),
+        "training": training_settings(recipe.sft),
         "task": to_dict(recipe.task),
         "task_digest": task.digest,
-        "source": checkpoint_digest(source, recipe.model.revision),
+        "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
 
     def work(folder: Path) -> dict[str, Any]:
-        tokenizer = load_tokenizer(source, recipe.model.revision)
-        objective = LanguageModelling(load_model(source, recipe.model.revision))
+        tokenizer = load_tokenizer(source, recipe.revision_of(source))
+        objective = LanguageModelling(load_model(source, recipe.revision_of(source)))
         return train_on_task(recipe, recipe.sft, task, objective, tokenizer, folder, step_title(output_dir))
 
     return run_step(output_dir, settings, work)

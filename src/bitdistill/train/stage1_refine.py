@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import checkpoint_digest
 from ..config import Recipe
@@ -29,14 +30,15 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     settings = {
         "stage": "stage1_refine",
         "refine": to_dict(config),
-        "source": checkpoint_digest(source, recipe.model.revision),
+        "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
-    if config.gain == "rms":
-        settings["calibration"] = to_dict(recipe.corpus) | {"digest": source_digest(recipe.corpus)}
+    corpus_digest = source_digest(recipe.corpus) if config.gain == "rms" else ""
+    if corpus_digest:
+        settings["calibration"] = to_dict(recipe.corpus) | {"digest": corpus_digest}
 
     def work(folder: Path) -> dict:
-        tokenizer = load_tokenizer(source, recipe.model.revision)
-        model = load_model(source, recipe.model.revision).to(process_state().device)
+        tokenizer = load_tokenizer(source, recipe.revision_of(source))
+        model = load_model(source, recipe.revision_of(source)).to(process_state().device)
         spec = TernarySpec(
             norm_sites=config.norm_sites,
             granularity=config.granularity,
@@ -44,7 +46,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
             activation_bits=config.activation_bits,
             skip=config.skip,
         )
-        calibration = _calibration_batches(recipe, tokenizer) if config.gain == "rms" else None
+        calibration = _calibration_batches(recipe, tokenizer, corpus_digest) if corpus_digest else None
         student, report = refine(model, spec, calibration)
         if is_main_process():
             (folder / "surgery.txt").write_text(f"{report}\n", encoding="utf-8")
@@ -61,9 +63,13 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     return run_step(output_dir, settings, work)
 
 
-def _calibration_batches(recipe: Recipe, tokenizer: object) -> Iterator[dict[str, Tensor]]:
+def _calibration_batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, corpus_digest: str
+) -> Iterator[dict[str, Tensor]]:
     """The first ``calibration_sequences`` sequences of the stage-2 text."""
-    shards = build_shards(recipe.corpus, "pretrain", tokenizer, recipe.run_dir / "shards")  # type: ignore[arg-type]
+    shards = build_shards(
+        recipe.corpus, "pretrain", tokenizer, recipe.run_dir / "shards", digest=corpus_digest
+    )
     dataset = PackedSequences(shards, recipe.corpus.sequence_length)
     count = min(recipe.refine.calibration_sequences, len(dataset))
     for start in range(0, count, CALIBRATION_BATCH):

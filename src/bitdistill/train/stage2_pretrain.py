@@ -13,7 +13,7 @@ from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
 from .objective import LanguageModelling
 from .step import run_step
-from .trainer import fit, steps_for_tokens
+from .trainer import fit, steps_for_tokens, training_settings
 from .weights import ternary_codes, write_weight_stats
 
 
@@ -30,21 +30,22 @@ def train_on_corpus(
     output_dir: Path,
 ) -> Path:
     """Language modelling of ``source`` on one part of the corpus, for ``config.tokens`` tokens."""
+    corpus_digest = source_digest(recipe.corpus)
     settings = {
         "stage": "stage2_pretrain",
         "part": part,
         "seed": recipe.seed,
-        "training": to_dict(config),
+        "training": training_settings(config),
         "corpus": to_dict(recipe.corpus),
-        "corpus_digest": source_digest(recipe.corpus),
-        "source": checkpoint_digest(source, recipe.model.revision),
+        "corpus_digest": corpus_digest,
+        "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
 
     def work(folder: Path) -> dict:
-        tokenizer = load_tokenizer(source, recipe.model.revision)
-        model = load_model(source, recipe.model.revision)
+        tokenizer = load_tokenizer(source, recipe.revision_of(source))
+        model = load_model(source, recipe.revision_of(source))
         codes = ternary_codes(model)
-        shards = build_shards(recipe.corpus, part, tokenizer, recipe.run_dir / "shards")
+        shards = build_shards(recipe.corpus, part, tokenizer, recipe.run_dir / "shards", digest=corpus_digest)
         dataset = PackedSequences(shards, recipe.corpus.sequence_length)
         steps = steps_for_tokens(config, config.tokens, recipe.corpus.sequence_length, num_processes())
         metrics = fit(

@@ -14,6 +14,7 @@ from .loading import load_model, load_tokenizer
 from .objective import Distillation
 from .sft import step_title, train_on_task
 from .step import run_step
+from .trainer import training_settings
 
 
 def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
@@ -31,17 +32,19 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     settings = {
         "stage": "stage3_distill",
         "seed": recipe.seed,
-        "training": to_dict(config) | {"teacher": checkpoint_digest(config.teacher)},
+        "training": training_settings(config)
+        | {"teacher": checkpoint_digest(config.teacher, config.teacher_revision)},
         "task": to_dict(recipe.task),
         "task_digest": task.digest,
-        "source": checkpoint_digest(source, recipe.model.revision),
+        "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
 
     def work(folder: Path) -> dict[str, Any]:
-        tokenizer = load_tokenizer(source, recipe.model.revision)
-        _check_same_tokenizer(tokenizer, load_tokenizer(config.teacher))
-        student = load_model(source, recipe.model.revision)
-        objective = Distillation(student, load_model(config.teacher), config)
+        tokenizer = load_tokenizer(source, recipe.revision_of(source))
+        _check_same_tokenizer(tokenizer, load_tokenizer(config.teacher, config.teacher_revision))
+        student = load_model(source, recipe.revision_of(source))
+        teacher = load_model(config.teacher, config.teacher_revision)
+        objective = Distillation(student, teacher, config)
         return train_on_task(recipe, config, task, objective, tokenizer, folder, step_title(output_dir))
 
     return run_step(output_dir, settings, work)

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Step
-from ..processes import process_state
+from ..processes import on_main_process, wait_for_everyone
 
 
 def run_step(output_dir: Path, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> Path:
@@ -17,17 +17,12 @@ def run_step(output_dir: Path, settings: dict[str, Any], work: Callable[[Path], 
     Raises:
         CheckpointError: the folder holds this step made with other settings.
     """
-    state = process_state()
     step = Step(output_dir, settings)
-    if state.is_main_process:
-        step.begin()
-    state.wait_for_everyone()
+    on_main_process(step.begin)
     if step.is_done:
         return step.output
     started = time.monotonic()
     metrics = work(step.partial)
-    state.wait_for_everyone()
-    if state.is_main_process:
-        step.finish(metrics, time.monotonic() - started)
-    state.wait_for_everyone()
+    wait_for_everyone()
+    on_main_process(lambda: step.finish(metrics, time.monotonic() - started))
     return step.output

@@ -22,7 +22,9 @@ from transformers.utils import logging as hf_logging
 
 from ..config import TrainingConfig
 from ..errors import CheckpointError, TrainingError
-from .callbacks import EpochOrder, MetricsFile, ProgressBar, StepSchedules
+from ..processes import num_processes
+from ..recipe import to_dict
+from .callbacks import CodeStatistics, EpochOrder, MetricsFile, ProgressBar, StepSchedules
 from .objective import LanguageModelling, autocast_dtype
 from .schedule import learning_rate_factor
 
@@ -92,6 +94,8 @@ class StudentTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.parts: dict[str, torch.Tensor] = {}
         self.parts_steps = 0
+        self.codes = CodeStatistics(objective.student)
+        self.add_callback(self.codes)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         del train_dataset
@@ -152,7 +156,7 @@ class StudentTrainer(Trainer):
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the loss parts, averaged over the steps since the last log."""
+        """Add the loss parts, averaged over the steps since the last log, and what the last step did to the codes."""
         if "loss" in logs and self.parts:
             for name, value in self.parts.items():
                 total = float(self.accelerator.reduce(value, reduction="sum"))
@@ -163,6 +167,7 @@ class StudentTrainer(Trainer):
                 raise TrainingError(
                     self._diverged("gradient", logs["optim/grad_norm"], self.state.global_step)
                 )
+            logs |= self.codes.measure()
             self.parts, self.parts_steps = {}, 0
         super().log(logs, start_time)
 
@@ -236,6 +241,7 @@ def fit(
         # Trainer reads this while it is made: setting the field afterwards changes nothing.
         bf16=autocast_dtype(config.precision) is torch.bfloat16,
         use_cpu=not torch.accelerator.is_available(),
+        ddp_find_unused_parameters=False,  # the cross-entropy reaches all of them
         report_to="none",
         remove_unused_columns=False,
         seed=seed,
@@ -279,6 +285,15 @@ def fit(
             f"Lower the learning rate (now {config.learning_rate:g}) and delete {work_dir} to train it again"
         )
     return metrics_file.summary()
+
+
+def training_settings(config: TrainingConfig) -> dict[str, Any]:
+    """A training section as a step's record holds it: with what this machine and its launcher add to the result.
+
+    ``precision`` is the one that computes, not ``auto``; ``processes`` multiplies the global batch.
+    """
+    compute = "fp32" if autocast_dtype(config.precision) is None else "bf16"
+    return to_dict(config) | {"precision": compute, "processes": num_processes()}
 
 
 def steps_for_tokens(config: TrainingConfig, tokens: int, sequence_length: int, processes: int) -> int:

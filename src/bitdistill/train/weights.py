@@ -44,6 +44,13 @@ def ternary_codes(model: nn.Module) -> Codes:
 
 
 @torch.no_grad()
+def bit_codes(model: nn.Module) -> Codes:
+    """Codes of the ternary linears alone, int8, where the weights are."""
+    layers = {path: m for path, m in model.named_modules() if isinstance(m, BitLinear)}
+    return {path: _quantized(module)[0].to(torch.int8) for path, module in layers.items()}
+
+
+@torch.no_grad()
 def write_weight_stats(model: nn.Module, folder: Path, codes_before: Codes | None = None) -> None:
     """Write ``weights.json``: histogram of latent / scale, trit shares, mass near the thresholds, flips."""
     sites = _sites(model)

@@ -1,0 +1,45 @@
+"""How far tokenising is: a line that is redrawn on a terminal, one every half minute in a log file."""
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn
+
+LINE_EVERY_S = 30.0
+
+
+class TokenizingProgress:
+    """Documents and tokens so far, and the rate. The end of a stream is not known before it comes."""
+
+    def __init__(self, title: str) -> None:
+        self.console = Console(stderr=True)
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+        self.title = title
+        self.task = self.progress.add_task(title)
+        self.started = self.last_line = time.monotonic()
+
+    def update(self, documents: int, tokens: int) -> None:
+        """Show the totals so far."""
+        now = time.monotonic()
+        rate = tokens / max(now - self.started, 1e-9)
+        text = f"{self.title}  {documents:,} documents  {tokens:,} tokens  {rate:,.0f} tokens/s"
+        self.progress.update(self.task, description=text)
+        if not self.console.is_terminal and now - self.last_line >= LINE_EVERY_S:
+            self.last_line = now
+            self.console.print(text, highlight=False, soft_wrap=True)
+
+    def __enter__(self) -> "TokenizingProgress":
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
