@@ -5,6 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS := 0 1 2
+DATA ?=
 
 .PHONY: demo demo-seeds test lint bench clean
 
@@ -30,8 +31,12 @@ lint: $(VENV)/installed
 test: lint
 	$(BIN)/pytest
 
+# DATA is the folder that benchmarks/real_input/prepare.py describes; needed once.
 bench: $(VENV)/installed
-	$(BIN)/bitdistill run recipes/sst2_qwen3_5m.toml
+	test -d data/sst2 || test -n "$(DATA)" || { echo "no data/ yet: make bench DATA=FOLDER" >&2; exit 1; }
+	test -d data/sst2 || $(BIN)/python benchmarks/real_input/prepare.py "$(DATA)" data
+	for seed in 0 1; do $(BIN)/bitdistill run recipes/sst2_qwen3_5m.toml --set seed=$$seed --set name=sst2-seed$$seed || exit 1; done
+	$(BIN)/python benchmarks/summarise.py runs/sst2-seed*/result.json
 
 clean:
 	rm -rf $(VENV) runs build dist
