@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What gamma, the form of the relation loss and the norm sites do on SST-2: stage 3 of the seed-0 run again, one setting
+# What gamma and the form of the relation loss do on SST-2: stage 3 of the seed-0 run again, one setting
 # changed at a time, learning rate 5e-4, compared on held-out training data. Needs runs/sst2-seed0 (README.md).
 # Results: benchmarks/real_input/relation/*.json
 set -euo pipefail
@@ -16,16 +16,7 @@ stage3() { # name, source, overrides
   bitdistill eval "$recipe" --set name="$(basename "$run")" --split validation "$run/study/$name" --json "$out/$name.json"
 }
 
-case ${1:-all} in
-  losses | all)
-    stage3 gamma_0 "$run/pretrain-subln" --set distill.gamma_relation=0
-    stage3 gamma_10 "$run/pretrain-subln" --set distill.gamma_relation=10
-    stage3 cosine "$run/pretrain-subln" --set distill.relation_form=cosine
-    ;;&
-  sites | all)
-    bitdistill refine "$recipe" --set name="$(basename "$run")" --set refine.norm_sites=all \
-      --source benchmarks/bases/qwen3_5m --output "$run/study/refine-all"
-    bitdistill pretrain "$recipe" --set name="$(basename "$run")" --source "$run/study/refine-all" --output "$run/study/pretrain-all"
-    stage3 norm_sites_all "$run/study/pretrain-all"
-    ;;
-esac
+stage3 gamma_0 "$run/pretrain-subln" --set distill.gamma_relation=0
+stage3 gamma_1 "$run/pretrain-subln"
+stage3 gamma_10 "$run/pretrain-subln" --set distill.gamma_relation=10
+stage3 cosine "$run/pretrain-subln" --set distill.relation_form=cosine

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# stories260K through stages 1 and 2, with both starts of the norm gain and the full-precision control:
+# stories260K through stages 1 and 2, with both starts of the norm gain, norms before all seven
+# linears (all), and the full-precision control:
 # held-out perplexity before, after refinement, after stage 2. Results: benchmarks/real_input/stories260k/*.json
 set -euo pipefail
 out=benchmarks/real_input/stories260k
@@ -13,8 +14,9 @@ bitdistill refine "$recipe" --source data/stories260K --output "$run/refine-one"
 bitdistill refine "$recipe" --source data/stories260K --output "$run/refine-rms" --set refine.gain=rms
 bitdistill pretrain "$recipe" --source data/stories260K --output "$run/pretrain-fp16"
 perplexity "$run/pretrain-fp16" after_pretrain_fp16
-for gain in one rms; do
-  perplexity "$run/refine-$gain" "after_refine_$gain"
-  bitdistill pretrain "$recipe" --source "$run/refine-$gain" --output "$run/pretrain-$gain"
-  perplexity "$run/pretrain-$gain" "after_pretrain_$gain"
+bitdistill refine "$recipe" --source data/stories260K --output "$run/refine-all" --set refine.norm_sites=all
+for start in one rms all; do
+  perplexity "$run/refine-$start" "after_refine_$start"
+  bitdistill pretrain "$recipe" --source "$run/refine-$start" --output "$run/pretrain-$start"
+  perplexity "$run/pretrain-$start" "after_pretrain_$start"
 done
