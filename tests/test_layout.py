@@ -27,8 +27,15 @@ def byte_by_formula(code: np.ndarray, block_size: int, rb: int, s: int, g: int, 
     return byte
 
 
-@given(rows=st.integers(1, 70), columns=st.integers(1, 90), block=st.none() | st.integers(1, 100), seed=st.integers(0, 99))
-def test_pack_is_the_formula_and_unpack_inverts_it(rows: int, columns: int, block: int | None, seed: int) -> None:
+@given(
+    rows=st.integers(1, 70),
+    columns=st.integers(1, 90),
+    block=st.none() | st.integers(1, 100),
+    seed=st.integers(0, 99),
+)
+def test_pack_is_the_formula_and_unpack_inverts_it(
+    rows: int, columns: int, block: int | None, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     code = rng.integers(-1, 2, (rows, columns)).astype(np.int8)
     packed = layout.pack(code, block)
@@ -55,7 +62,9 @@ def dump(data: bytes) -> str:
 def test_the_hex_dump_of_the_format_page_is_true() -> None:
     row, column = np.indices((2, 24))
     packed = layout.pack(((column + row) % 3 - 1).astype(np.int8))
-    shown = re.search(r"regenerates this dump.*?```\n(.*?)\n```", FORMAT_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    shown = re.search(
+        r"regenerates this dump.*?```\n(.*?)\n```", FORMAT_PAGE.read_text(encoding="utf-8"), re.DOTALL
+    )
     assert shown is not None
     assert shown[1] == dump(packed.tobytes())
 

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 # --- instruction sets ---
 
 def compiled_isas() -> list[str]:
-    """Names of the kernel rooms in this build, slowest first: ``scalar``, ``avx2``, ``avx512_vnni``, ``avx512_vbmi``."""
+    """The kernel rooms in this build, slowest first: ``scalar``, ``avx2``, ``avx512_vnni``, ``avx512_vbmi``."""
 
 def available_isas() -> list[str]:
     """The compiled rooms that this CPU can run, slowest first."""
@@ -87,24 +87,27 @@ class Model:
     """Weights in memory and the threads that use them. Immutable, shared by sessions.
 
     Tensor names are Hugging Face's (docs/format.md). Which optional tensors are there decides what runs: ``bias``,
-    ``norm.weight`` under a linear, ``q_norm`` and ``k_norm``, ternary (U8), BF16 or F32 linears, a BF16, F32 or I8 head.
-    BitNet's ``attn_sub_norm`` and ``ffn_sub_norm`` come under the names ``self_attn.o_proj.norm.weight`` and
+    ``norm.weight`` under a linear, ``q_norm`` and ``k_norm``, ternary (U8), BF16 or F32 linears, a BF16, F32 or I8
+    head. BitNet's ``attn_sub_norm`` and ``ffn_sub_norm`` come under the names ``self_attn.o_proj.norm.weight`` and
     ``mlp.down_proj.norm.weight``. A tensor that no part of the decoder uses is an error.
     """
 
     def __init__(
         self,
-        path: str,
+        path: str | None,
         tensors: Sequence[Tensor],
         config: Config,
         *,
         threads: int = 0,
         mmap: bool = False,
         isa: str | None = None,
+        seed: int = 0,
     ) -> None:
         """Load. ``threads`` 0: one for each CPU this process may use. ``isa`` None: ``BITDISTILL_ISA`` or the best.
 
-        ``mmap``: use the file's pages in place where the room's order is the file's; checksums are then not checked.
+        ``mmap``: use the file's pages in place where the room's order is the file's; checksums are then not checked,
+        and the file must not change while the model lives. ``path`` None: random weights of these shapes, for
+        measurements; offsets do not count, ``seed`` decides.
         """
 
     @property
@@ -154,9 +157,7 @@ class Session:
     def memory(self) -> dict[str, int]:
         """Bytes: ``kv_cache``, ``scratch``."""
 
-    def forward(
-        self, tokens: NDArray[np.int32], *, all_positions: bool = False
-    ) -> NDArray[np.float32]:
+    def forward(self, tokens: NDArray[np.int32], *, all_positions: bool = False) -> NDArray[np.float32]:
         """Append ``tokens``; logits ``[V]`` after the last of them, or ``[len(tokens), V]``.
 
         Raises:
@@ -180,7 +181,9 @@ class Session:
     def truncate(self, position: int) -> None:
         """Forget everything after the first ``position`` tokens. Call ``forward`` before the next ``decode``."""
 
-    def forward_tapped(self, tokens: NDArray[np.int32]) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
+    def forward_tapped(
+        self, tokens: NDArray[np.int32]
+    ) -> tuple[NDArray[np.float32], dict[str, NDArray[Any]]]:
         """``forward(all_positions=True)`` and what went on inside, for parity tests.
 
         Taps: ``<linear>.code`` int8 ``[T, K]`` and ``<linear>.scale`` float32 ``[T]`` for every ternary linear,

@@ -64,7 +64,9 @@ def unpack(
     """
     expected = packed_shape(rows, columns, block_size)
     if packed.shape != expected:
-        raise ValueError(f"a packed {rows} x {columns} matrix has shape {list(expected)}, not {list(packed.shape)}")
+        raise ValueError(
+            f"a packed {rows} x {columns} matrix has shape {list(expected)}, not {list(packed.shape)}"
+        )
     if (packed > MAX_BYTE).any():
         raise ValueError(f"a byte above {MAX_BYTE} is not five trits")
     row_blocks, segments, groups, _ = expected

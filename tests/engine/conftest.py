@@ -21,7 +21,9 @@ def isa(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def make_student(make_model: Callable[..., PreTrainedModel], family: str, ternary: dict, **changes: Any) -> Any:
+def make_student(
+    make_model: Callable[..., PreTrainedModel], family: str, ternary: dict, **changes: Any
+) -> Any:
     """The small model of a family with ternary linears, and norm gains that are not neutral."""
     base = make_model(family, **changes)
     config_class, model_class = STUDENT_CLASSES[family]

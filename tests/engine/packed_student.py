@@ -96,7 +96,9 @@ def config_of(model: Any, **changes: Any) -> _core.Config:
     """The decoder's settings of a torch model; RoPE frequencies are the ones it runs with."""
     c = model.config
     blocks = [
-        m.spec.block_size for m in model.modules() if isinstance(m, BitLinear) and m.spec.granularity == "block"
+        m.spec.block_size
+        for m in model.modules()
+        if isinstance(m, BitLinear) and m.spec.granularity == "block"
     ]
     is_bitnet = c.model_type == "bitnet"
     fields = {
@@ -125,7 +127,9 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
     return path
 
 
-def core_model(model: Any, folder: Path, *, table: str = "F32", dense: str = "F32", **options: Any) -> _core.Model:
+def core_model(
+    model: Any, folder: Path, *, table: str = "F32", dense: str = "F32", **options: Any
+) -> _core.Model:
     """The torch model in the engine core."""
     path = write(folder / "model.safetensors", tensors_of(model, table, dense))
     return _core.Model(str(path), entries_of(path), config_of(model), **({"threads": 1} | options))

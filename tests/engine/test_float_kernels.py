@@ -62,7 +62,9 @@ def test_values_that_are_not_finite_do_no_harm(isa: str) -> None:
     room=st.sampled_from(ROOMS),
     exact=st.booleans(),
 )
-def test_attention_is_torchs(tokens: int, before: int, kv: int, group: int, dim: int, room: str, exact: bool) -> None:
+def test_attention_is_torchs(
+    tokens: int, before: int, kv: int, group: int, dim: int, room: str, exact: bool
+) -> None:
     torch.manual_seed(tokens * 1000 + before)
     positions = tokens + before
     query = torch.randn(tokens, kv * group, dim) * 2
@@ -98,10 +100,14 @@ def test_attention_with_scores_far_apart(isa: str) -> None:
 def test_head(isa: str, rows: int, columns: int, tokens: int) -> None:
     weight, x = torch.randn(rows, columns), torch.randn(tokens, columns)
     exact = x.double() @ weight.double().T
-    np.testing.assert_allclose(_core.head_logits(weight.numpy(), None, x.numpy(), isa=isa), exact, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        _core.head_logits(weight.numpy(), None, x.numpy(), isa=isa), exact, rtol=1e-5, atol=1e-4
+    )
 
     rounded = x.double() @ weight.bfloat16().double().T
-    np.testing.assert_allclose(_core.head_logits(as_bf16(weight), None, x.numpy(), isa=isa), rounded, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(
+        _core.head_logits(as_bf16(weight), None, x.numpy(), isa=isa), rounded, rtol=1e-5, atol=1e-4
+    )
 
     code, scale = int8_rows(weight)
     quantised = x.double().numpy() @ (code * scale).astype(np.float64).T

@@ -92,8 +92,16 @@ def test_linear_scales_and_biases_in_float(isa: str, granularity: str, tokens: i
     scale = rng.uniform(0.01, 1, shape).astype(np.float32)
     bias = rng.normal(size=rows).astype(np.float32)
     got = _core.ternary_linear(
-        layout.pack(weights, block or None), scale, bias, rows, columns, code, act_scale,
-        isa=isa, threads=threads, block_size=block,
+        layout.pack(weights, block or None),
+        scale,
+        bias,
+        rows,
+        columns,
+        code,
+        act_scale,
+        isa=isa,
+        threads=threads,
+        block_size=block,
     )
     spread = np.repeat(scale, 32, axis=1)[:, :columns] if granularity == "block" else scale
     expected = (code * act_scale[:, None].astype(float)) @ (weights * spread.astype(float)).T + bias
