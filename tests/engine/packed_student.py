@@ -26,7 +26,7 @@ def as_bf16(x: torch.Tensor) -> np.ndarray:
 
 
 def int8_rows(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-    scale = x.abs().amax(dim=1, keepdim=True) / 127
+    scale = x.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127  # a padding row is all zeros
     return (x / scale).round().to(torch.int8).numpy(), scale.float().numpy()
 
 
