@@ -1,5 +1,6 @@
 # make demo   the whole method on generated data, in minutes
 # make test   lint, types, import rules, tests
+# make test-sanitize   the engine core under address and undefined-behaviour sanitizers
 # Both set up .venv on first use. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -7,9 +8,9 @@ BIN := $(VENV)/bin
 SEEDS := 0 1 2
 DATA ?=
 
-.PHONY: demo demo-seeds test lint bench clean
+.PHONY: demo demo-seeds test test-sanitize lint bench clean
 
-$(VENV)/installed: pyproject.toml constraints.txt
+$(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
@@ -30,6 +31,18 @@ lint: $(VENV)/installed
 
 test: lint
 	$(BIN)/pytest
+
+# A build of the core beside the installed one. Python itself is not instrumented: the runtime comes in by preload, and
+# leaks, which are Python's at exit, are not looked for.
+SANITIZED := build/sanitize
+test-sanitize: $(VENV)/installed
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DBITDISTILL_SANITIZE=ON \
+		-DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > $(VENV)/sanitize.log || (cat $(VENV)/sanitize.log; exit 1)
+	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)
+	BITDISTILL_CORE="$$(echo $(CURDIR)/$(SANITIZED)/_core*.so)" PYTHONMALLOC=malloc \
+		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+		$(BIN)/pytest tests/engine
 
 # DATA is the folder that benchmarks/real_input/prepare.py describes; needed once.
 bench: $(VENV)/installed

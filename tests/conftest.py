@@ -3,6 +3,7 @@ project (tokenizer, models, corpus, task, recipe) to run the command line on.
 """
 
 import contextlib
+import importlib.util
 import io
 import itertools
 import json
@@ -14,6 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+if "BITDISTILL_CORE" in os.environ:
+    # Another build of the engine core (make test-sanitize) in place of the installed one.
+    _spec = importlib.util.spec_from_file_location("bitdistill._core", os.environ["BITDISTILL_CORE"])
+    assert _spec is not None and _spec.loader is not None
+    sys.modules["bitdistill._core"] = importlib.util.module_from_spec(_spec)
+    _spec.loader.exec_module(sys.modules["bitdistill._core"])
 
 import pytest
 import torch

@@ -1,0 +1,133 @@
+#include <cmath>
+#include <cstring>
+
+#include "decoder.h"
+
+namespace bitdistill {
+namespace {
+
+// x as pairs (x[i], x[i + half]), rotated: Hugging Face's rotate_half.
+void rotate(float* x, const float* cosine, const float* sine, size_t half) {
+  for (size_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cosine[i] - b * sine[i];
+    x[i + half] = b * cosine[i] + a * sine[i];
+  }
+}
+
+class AttentionPass {
+ public:
+  AttentionPass(const Model& model, size_t layer, const Chunk& chunk, KvCache& cache, Workspace& work, Worker& worker)
+      : config_(model.config()),
+        room_(model.room()),
+        layer_(model.layers()[layer]),
+        index_(layer),
+        chunk_(chunk),
+        cache_(cache),
+        work_(work),
+        own_(work.scratch[worker.index()]),
+        row_stride_(work.query_stride + 2 * work.key_stride) {}
+
+  // Rotates the queries that read KV head `head`, and stores its key and value.
+  void store(size_t t, size_t head) {
+    const size_t dim = config_.head_dim, half = dim / 2, group = config_.queries_per_key();
+    const float* cosine = work_.cosine.data() + t * half;
+    const float* sine = work_.sine.data() + t * half;
+    for (size_t i = 0; i < group; ++i) {
+      float* query = query_row(t) + (head * group + i) * dim;
+      if (layer_.q_norm != nullptr) room_.rms_norm(query, layer_.q_norm, config_.rms_norm_eps, dim, query);
+      rotate(query, cosine, sine, half);
+    }
+    float* key = query_row(t) + work_.query_stride + head * dim;
+    if (layer_.k_norm != nullptr) room_.rms_norm(key, layer_.k_norm, config_.rms_norm_eps, dim, key);
+    rotate(key, cosine, sine, half);
+    const float* value = query_row(t) + work_.query_stride + work_.key_stride + head * dim;
+    cache_.store(room_, index_, head, chunk_.position + t, key, value, own_.half.data());
+  }
+
+  // Query heads [first_query, first_query + queries) of KV head `head` for tokens [first, first + tokens).
+  void attend(size_t head, size_t first_query, size_t queries, size_t first, size_t tokens) {
+    const size_t dim = config_.head_dim, padded = config_.padded_head_dim();
+    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
+    size_t visible[kAttendRows];
+    for (size_t t = 0; t < tokens; ++t) {
+      for (size_t i = 0; i < queries; ++i) {
+        const float* from = query_row(first + t) + (first_query + i) * dim;
+        float* to = own_.query.data() + (t * queries + i) * padded;
+        for (size_t e = 0; e < dim; ++e) to[e] = from[e] * scale;
+        visible[t * queries + i] = chunk_.position + first + t + 1;
+      }
+    }
+    const Attend args{
+        .query = own_.query.data(),
+        .rows = tokens * queries,
+        .visible = visible,
+        .keys = cache_.keys(index_, head),
+        .values = cache_.values(index_, head),
+        .half = cache_.half(),
+        .head_dim = dim,
+        .padded_dim = padded,
+        .out = own_.mixed.data(),
+        .scores = own_.scores.data(),
+    };
+    room_.attend(&args);
+    for (size_t t = 0; t < tokens; ++t) {
+      for (size_t i = 0; i < queries; ++i) {
+        std::memcpy(work_.attended.data() + (first + t) * work_.query_stride + (first_query + i) * dim,
+                    own_.mixed.data() + (t * queries + i) * padded, dim * sizeof(float));
+      }
+    }
+  }
+
+ private:
+  float* query_row(size_t t) { return work_.qkv.data() + t * row_stride_; }
+
+  const Config& config_;
+  const KernelTable& room_;
+  const Layer& layer_;
+  size_t index_;
+  const Chunk& chunk_;
+  KvCache& cache_;
+  Workspace& work_;
+  Scratch& own_;
+  size_t row_stride_;
+};
+
+}  // namespace
+
+void run_attention(const Model& model, size_t layer, const Chunk& chunk, KvCache& cache, Workspace& work,
+                   Worker& worker) {
+  const Config& config = model.config();
+  const size_t heads = config.num_key_value_heads, group = config.queries_per_key();
+  const size_t queries = std::min(group, kAttendRows);  // of one call
+  AttentionPass pass(model, layer, chunk, cache, work, worker);
+  if (chunk.count == 1) {
+    // A head stays with one thread from projection to output: no barrier between storing and reading.
+    const Range mine = share(worker, heads);
+    for (size_t head = mine.begin; head < mine.end; ++head) {
+      pass.store(0, head);
+      for (size_t q = 0; q < group; q += queries) {
+        pass.attend(head, head * group + q, std::min(queries, group - q), 0, 1);
+      }
+    }
+    return;
+  }
+  const Range tokens = share(worker, chunk.count);
+  for (size_t t = tokens.begin; t < tokens.end; ++t) {
+    for (size_t head = 0; head < heads; ++head) pass.store(t, head);
+  }
+  worker.barrier();
+  // Later tokens see more keys: dealing tiles out in turn keeps the threads' shares even.
+  const size_t tile = std::max<size_t>(1, kAttendRows / queries);
+  size_t turn = 0;
+  for (size_t head = 0; head < heads; ++head) {
+    for (size_t first = 0; first < chunk.count; first += tile, ++turn) {
+      if (turn % worker.count() != worker.index()) continue;
+      for (size_t q = 0; q < group; q += queries) {
+        pass.attend(head, head * group + q, std::min(queries, group - q), first, std::min(tile, chunk.count - first));
+      }
+    }
+  }
+}
+
+}  // namespace bitdistill

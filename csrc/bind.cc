@@ -1,0 +1,295 @@
+// The Python module: checks arguments, releases the GIL, calls. Documented in src/bitdistill/_core.pyi.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <stdexcept>
+#include <system_error>
+
+#include "bind_arrays.h"
+#include "dispatch.h"
+#include "probe.h"
+#include "session.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace bitdistill {
+
+void bind_kernels(nb::module_& m);
+
+namespace {
+
+std::vector<std::string> names(std::span<const KernelTable* const> rooms, uint32_t features) {
+  std::vector<std::string> out;
+  for (const KernelTable* room : rooms) {
+    if ((room->features & ~features) == 0) out.emplace_back(room->name);
+  }
+  return out;
+}
+
+size_t not_negative(const char* what, int64_t value) {
+  if (value < 0) throw std::invalid_argument(std::string(what) + " = " + std::to_string(value) + " is negative");
+  return static_cast<size_t>(value);
+}
+
+template <class T>
+T one_of(const char* field, const std::string& value, std::initializer_list<std::pair<const char*, T>> choices) {
+  std::string known;
+  for (const auto& [name, choice] : choices) {
+    if (value == name) return choice;
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  throw std::invalid_argument(std::string(field) + " = '" + value + "' is not one of " + known);
+}
+
+std::shared_ptr<Model> load(const std::optional<std::string>& path, const std::vector<TensorEntry>& tensors,
+                            const Config& config, int64_t threads, bool mmap, const std::optional<std::string>& isa,
+                            uint64_t seed) {
+  const KernelTable& room = select_room(isa, cpu_features(), true);
+  const size_t count = not_negative("threads", threads);
+  const nb::gil_scoped_release release;
+  auto source = path ? open_file(*path, mmap) : random_source(seed);
+  return std::make_shared<Model>(std::move(source), tensors, config, room, count);
+}
+
+std::span<const int32_t> view(const Tokens& tokens) { return {tokens.data(), tokens.shape(0)}; }
+
+nb::object forward(Session& session, const Tokens& tokens, bool all_positions) {
+  const size_t vocabulary = session.model().config().vocab_size;
+  std::vector<size_t> shape{vocabulary};
+  if (all_positions) shape.insert(shape.begin(), tokens.shape(0));
+  FloatOut out(shape);
+  {
+    const nb::gil_scoped_release release;
+    session.forward(view(tokens), all_positions, out.data());
+  }
+  return out.cast();
+}
+
+nb::object forward_tapped(Session& session, const Tokens& tokens) {
+  FloatOut out({tokens.shape(0), session.model().config().vocab_size});
+  Taps taps;
+  {
+    const nb::gil_scoped_release release;
+    session.forward(view(tokens), true, out.data(), &taps);
+  }
+  nb::dict values;
+  for (const auto& [name, tap] : taps) {
+    if (tap.codes.empty()) {
+      FloatOut array(tap.shape);
+      std::copy(tap.floats.begin(), tap.floats.end(), array.data());
+      values[name.c_str()] = array.cast();
+    } else {
+      ArrayOut<int8_t> array(tap.shape);
+      std::copy(tap.codes.begin(), tap.codes.end(), array.data());
+      values[name.c_str()] = array.cast();
+    }
+  }
+  return nb::make_tuple(out.cast(), values);
+}
+
+nb::object score(Session& session, const Tokens& tokens, int64_t first) {
+  const size_t from = not_negative("first", first), count = tokens.shape(0);
+  FloatOut out({count - std::min(from, count)});
+  {
+    const nb::gil_scoped_release release;
+    session.score(view(tokens), from, out.data());
+  }
+  return out.cast();
+}
+
+nb::object decode(Session& session, Sampler& sampler, int64_t max_new_tokens, const std::vector<int32_t>& stop) {
+  const size_t most = not_negative("max_new_tokens", max_new_tokens);
+  std::vector<int32_t> tokens;
+  Finish finish;
+  {
+    const nb::gil_scoped_release release;
+    finish = session.decode(sampler, most, stop, tokens);
+  }
+  const char* reason = finish == Finish::stop ? "stop" : finish == Finish::length ? "length" : "context";
+  return nb::make_tuple(tokens, reason);
+}
+
+nb::dict memory_of(const Model& model) {
+  const ModelMemory& m = model.memory();
+  nb::dict bytes;
+  bytes["ternary"] = m.ternary;
+  bytes["scales"] = m.scales;
+  bytes["dense"] = m.dense;
+  bytes["norms"] = m.norms;
+  bytes["embedding"] = m.embedding;
+  bytes["head"] = m.head;
+  bytes["mapped"] = m.mapped;
+  return bytes;
+}
+
+nb::dict describe_config(const Model& model) {
+  const Config& c = model.config();
+  nb::dict fields;
+  fields["vocab_size"] = c.vocab_size;
+  fields["hidden_size"] = c.hidden_size;
+  fields["intermediate_size"] = c.intermediate_size;
+  fields["num_hidden_layers"] = c.num_hidden_layers;
+  fields["num_attention_heads"] = c.num_attention_heads;
+  fields["num_key_value_heads"] = c.num_key_value_heads;
+  fields["head_dim"] = c.head_dim;
+  fields["max_context"] = c.max_context;
+  fields["tie_word_embeddings"] = c.tie_word_embeddings;
+  return fields;
+}
+
+void bind_model(nb::module_& m) {
+  nb::class_<TensorEntry>(m, "Tensor", nb::is_final())
+      .def(
+          "__init__",
+          [](TensorEntry* self, std::string name, const std::string& dtype, std::vector<size_t> shape, uint64_t offset,
+             uint64_t nbytes, std::optional<uint64_t> checksum) {
+            new (self) TensorEntry{std::move(name), dtype_named(dtype), std::move(shape), offset, nbytes, checksum};
+          },
+          "name"_a, "dtype"_a, "shape"_a, "offset"_a, "nbytes"_a, "checksum"_a = nb::none());
+
+  nb::class_<Config>(m, "Config", nb::is_final())
+      .def(
+          "__init__",
+          [](Config* self, size_t vocab_size, size_t hidden_size, size_t intermediate_size, size_t num_hidden_layers,
+             size_t num_attention_heads, size_t num_key_value_heads, size_t head_dim, size_t max_context,
+             double rms_norm_eps, const std::string& hidden_act, const std::vector<double>& inv_freq,
+             double rope_scale, bool tie_word_embeddings, std::optional<size_t> block_size,
+             const std::string& activation_rounding) {
+            Config config;
+            config.vocab_size = vocab_size;
+            config.hidden_size = hidden_size;
+            config.intermediate_size = intermediate_size;
+            config.num_hidden_layers = num_hidden_layers;
+            config.num_attention_heads = num_attention_heads;
+            config.num_key_value_heads = num_key_value_heads;
+            config.head_dim = head_dim;
+            config.max_context = max_context;
+            config.rms_norm_eps = static_cast<float>(rms_norm_eps);
+            config.hidden_act = one_of<Activation>("hidden_act", hidden_act,
+                                                   {{"silu", Activation::silu}, {"relu2", Activation::relu2}});
+            for (const double f : inv_freq) config.inv_freq.push_back(static_cast<float>(f));
+            config.rope_scale = static_cast<float>(rope_scale);
+            config.tie_word_embeddings = tie_word_embeddings;
+            if (block_size == 0) throw std::invalid_argument("block_size = 0: use None for no blocks");
+            config.block_size = block_size.value_or(0);
+            config.activation_rounding =
+                one_of<Rounding>("activation_rounding", activation_rounding,
+                                 {{"divide", Rounding::divide}, {"multiply", Rounding::multiply}});
+            validate(config);
+            new (self) Config(std::move(config));
+          },
+          nb::kw_only(), "vocab_size"_a, "hidden_size"_a, "intermediate_size"_a, "num_hidden_layers"_a,
+          "num_attention_heads"_a, "num_key_value_heads"_a, "head_dim"_a, "max_context"_a, "rms_norm_eps"_a,
+          "hidden_act"_a, "inv_freq"_a, "rope_scale"_a = 1.0, "tie_word_embeddings"_a = false,
+          "block_size"_a = nb::none(), "activation_rounding"_a = "divide");
+
+  nb::class_<Model>(m, "Model", nb::is_final())
+      .def(nb::new_(&load), "path"_a.none(), "tensors"_a, "config"_a, nb::kw_only(), "threads"_a = 0, "mmap"_a = false,
+           "isa"_a = nb::none(), "seed"_a = 0)
+      .def_prop_ro("isa", [](const Model& self) { return std::string(self.room().name); })
+      .def_prop_ro("threads", [](const Model& self) { return self.pool().size(); })
+      .def_prop_ro("config", &describe_config)
+      .def("memory", &memory_of)
+      .def(
+          "decode_bytes",
+          [](const Model& self, int64_t context) { return self.decode_bytes(not_negative("context", context)); },
+          "context"_a = 0);
+}
+
+void bind_session(nb::module_& m) {
+  nb::class_<Sampler>(m, "Sampler", nb::is_final())
+      .def(nb::init<double, int64_t, double, uint64_t>(), nb::kw_only(), "temperature"_a = 0.0, "top_k"_a = 0,
+           "top_p"_a = 1.0, "seed"_a = 0)
+      .def(
+          "sample",
+          [](Sampler& self, const FloatVector& logits) {
+            const nb::gil_scoped_release release;
+            return self.sample(logits.data(), logits.shape(0));
+          },
+          "logits"_a);
+
+  nb::class_<Session>(m, "Session", nb::is_final())
+      .def(
+          "__init__",
+          [](Session* self, std::shared_ptr<Model> model, int64_t context, bool exact) {
+            new (self) Session(std::move(model), not_negative("context", context), exact);
+          },
+          "model"_a, nb::kw_only(), "context"_a = 0, "exact"_a = false)
+      .def_prop_ro("position", &Session::position)
+      .def_prop_ro("context", &Session::context)
+      .def("memory",
+           [](const Session& self) {
+             nb::dict bytes;
+             bytes["kv_cache"] = self.cache_bytes();
+             bytes["scratch"] = self.scratch_bytes();
+             return bytes;
+           })
+      .def("forward", &forward, "tokens"_a, nb::kw_only(), "all_positions"_a = false)
+      .def("score", &score, "tokens"_a, "first"_a = 1)
+      .def("decode", &decode, "sampler"_a, "max_new_tokens"_a, "stop"_a = std::vector<int32_t>())
+      .def(
+          "truncate",
+          [](Session& self, int64_t position) { self.truncate(not_negative("position", position)); }, "position"_a)
+      .def("forward_tapped", &forward_tapped, "tokens"_a);
+}
+
+void bind_machine(nb::module_& m) {
+  m.def("compiled_isas", [] { return names(compiled_rooms(), ~0u); });
+  m.def("available_isas", [] { return names(compiled_rooms(), cpu_features()); });
+  m.def(
+      "select_isa",
+      [](const std::optional<std::string>& forced, const std::optional<std::vector<std::string>>& features) {
+        const uint32_t bits = features ? features_from_names(*features) : cpu_features();
+        return std::string(select_room(forced, bits, true).name);
+      },
+      "forced"_a = nb::none(), "features"_a = nb::none());
+  m.def(
+      "probe_bandwidth",
+      [](int64_t threads, double seconds) {
+        const KernelTable& room = select_room(std::nullopt, cpu_features(), true);
+        const size_t count = not_negative("threads", threads);
+        const nb::gil_scoped_release release;
+        return probe_bandwidth(room, count, seconds);
+      },
+      "threads"_a, "seconds"_a = 0.3);
+  m.def(
+      "probe_int8",
+      [](int64_t threads, double seconds, const std::optional<std::string>& isa) {
+        const KernelTable& room = select_room(isa, cpu_features(), true);
+        const size_t count = not_negative("threads", threads);
+        const nb::gil_scoped_release release;
+        return probe_int8(room, count, seconds);
+      },
+      "threads"_a, "seconds"_a = 0.2, "isa"_a = nb::none());
+  m.def("memory_usage", [] {
+    const MemoryUsage usage = memory_usage();
+    nb::dict bytes;
+    bytes["resident"] = usage.resident;
+    bytes["peak_resident"] = usage.peak_resident;
+    return bytes;
+  });
+}
+
+}  // namespace
+}  // namespace bitdistill
+
+NB_MODULE(_core, m) {
+  using namespace bitdistill;
+  nb::register_exception_translator([](const std::exception_ptr& pointer, void*) {
+    try {
+      std::rethrow_exception(pointer);
+    } catch (const std::system_error& error) {
+      PyErr_SetObject(PyExc_OSError, nb::make_tuple(error.code().value(), error.what()).ptr());
+    }
+  });
+  bind_machine(m);
+  bind_model(m);
+  bind_session(m);
+  bind_kernels(m);
+}

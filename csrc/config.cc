@@ -1,0 +1,44 @@
+#include "config.h"
+
+#include <cmath>
+#include <stdexcept>
+
+namespace bitdistill {
+namespace {
+
+void require(bool condition, const std::string& message) {
+  if (!condition) throw std::invalid_argument(message);
+}
+
+void require_range(const char* field, size_t value, size_t most) {
+  require(value >= 1 && value <= most, std::string(field) + " = " + std::to_string(value) + " is not in 1.." +
+                                           std::to_string(most));
+}
+
+}  // namespace
+
+void validate(const Config& c) {
+  require_range("vocab_size", c.vocab_size, size_t{1} << 24);
+  // The int8 head sums products of 8-bit numbers over hidden_size in an int32.
+  require_range("hidden_size", c.hidden_size, size_t{1} << 16);
+  require_range("intermediate_size", c.intermediate_size, kMaxFeatures);
+  require_range("num_hidden_layers", c.num_hidden_layers, 4096);
+  require_range("num_attention_heads", c.num_attention_heads, 4096);
+  require_range("num_key_value_heads", c.num_key_value_heads, c.num_attention_heads);
+  require_range("head_dim", c.head_dim, 4096);
+  require_range("max_context", c.max_context, size_t{1} << 24);
+  require(c.query_size() <= kMaxFeatures, "num_attention_heads * head_dim is above " + std::to_string(kMaxFeatures));
+  require(c.num_attention_heads % c.num_key_value_heads == 0,
+          "num_attention_heads = " + std::to_string(c.num_attention_heads) +
+              " is not a multiple of num_key_value_heads = " + std::to_string(c.num_key_value_heads));
+  require(c.head_dim % 2 == 0, "head_dim = " + std::to_string(c.head_dim) + " is odd; rotary positions need pairs");
+  require(c.inv_freq.size() == c.head_dim / 2, "inv_freq has " + std::to_string(c.inv_freq.size()) +
+                                                   " frequencies; head_dim / 2 = " + std::to_string(c.head_dim / 2));
+  for (const float f : c.inv_freq) require(std::isfinite(f), "inv_freq holds a value that is not finite");
+  require(std::isfinite(c.rope_scale), "rope_scale is not finite");
+  require(std::isfinite(c.rms_norm_eps) && c.rms_norm_eps >= 0, "rms_norm_eps is not a finite, non-negative number");
+  require(c.block_size <= kMaxFeatures, "block_size = " + std::to_string(c.block_size) + " is above " +
+                                            std::to_string(kMaxFeatures));
+}
+
+}  // namespace bitdistill

@@ -1,0 +1,38 @@
+// Geometry and arithmetic of a decoder, under the names of config.json.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+#include "kernel_table.h"
+
+namespace bitdistill {
+
+struct Config {
+  size_t vocab_size = 0;
+  size_t hidden_size = 0;
+  size_t intermediate_size = 0;
+  size_t num_hidden_layers = 0;
+  size_t num_attention_heads = 0;
+  size_t num_key_value_heads = 0;
+  size_t head_dim = 0;
+  size_t max_context = 0;
+  float rms_norm_eps = 0;
+  Activation hidden_act = Activation::silu;
+  std::vector<float> inv_freq;  // head_dim / 2 RoPE frequencies, after any scaling
+  float rope_scale = 1;         // multiplies cos and sin
+  bool tie_word_embeddings = false;
+  size_t block_size = 0;  // input features per weight scale; 0: scales are per tensor or per row
+  Rounding activation_rounding = Rounding::divide;
+
+  size_t query_size() const { return num_attention_heads * head_dim; }
+  size_t key_size() const { return num_key_value_heads * head_dim; }
+  size_t queries_per_key() const { return num_attention_heads / num_key_value_heads; }
+  size_t padded_head_dim() const { return (head_dim + 15) / 16 * 16; }
+};
+
+// Throws std::invalid_argument naming the field. Bounds every product the engine forms.
+void validate(const Config& config);
+
+}  // namespace bitdistill

@@ -1,0 +1,205 @@
+#include "decoder.h"
+
+#include <cmath>
+#include <cstring>
+
+namespace bitdistill {
+namespace {
+
+class LayerPass {
+ public:
+  LayerPass(const Model& model, const Chunk& chunk, Workspace& work, Worker& worker)
+      : model_(model), config_(model.config()), room_(model.room()), chunk_(chunk), work_(work), worker_(worker) {}
+
+  // Inputs of linears that read x = [tokens][x_stride]: normed by `norm` (null: as it is), then by each linear's own
+  // norm, then quantised or kept as floats. Linears without a norm of their own share one input.
+  void prepare(const float* x, size_t x_stride, const float* norm, std::span<const Linear* const> linears) {
+    const bool alone = chunk_.count == 1;
+    for (size_t i = 0; i < linears.size(); ++i) {
+      inputs_[i] = input_for(*linears[i], alone, i);
+      same_as_[i] = i;
+      for (size_t j = 0; j < i; ++j) {
+        if (!linears[i]->norm && !linears[j]->norm && linears[i]->is_ternary == linears[j]->is_ternary) same_as_[i] = same_as_[j];
+      }
+      inputs_[i] = inputs_[same_as_[i]];
+    }
+    const Range tokens = alone ? Range{0, 1} : share(worker_, chunk_.count, inputs_[0].tile);
+    for (size_t t = tokens.begin; t < tokens.end; ++t) prepare_token(x + t * x_stride, t, norm, linears);
+    if (!alone) {
+      for (size_t first = tokens.begin; first < tokens.end; first += inputs_[0].tile) {
+        for (size_t i = 0; i < linears.size(); ++i) {
+          if (same_as_[i] == i && linears[i]->is_ternary) pack_tile(first, inputs_[i]);
+        }
+      }
+      worker_.barrier();
+    }
+    if (work_.taps != nullptr && worker_.index() == 0) tap(linears);
+  }
+
+  const Input& input(size_t i) const { return inputs_[i]; }
+
+ private:
+  Input input_for(const Linear& linear, bool alone, size_t slot) {
+    Scratch& own = work_.scratch[worker_.index()];
+    Input in;
+    in.tokens = chunk_.count;
+    in.tile = tile_for(chunk_.count, room_.tile);
+    in.columns = linear.columns();
+    in.shape = code_shape(in.columns, config_.block_size, room_.group);
+    const size_t rows = alone ? 1 : kChunk;
+    in.code = (alone ? own.code : work_.code).data() + slot * rows * work_.widest_codes;
+    in.packed = work_.packed.data() + slot * rows * work_.widest_codes;
+    in.sums = (alone ? own.sums : work_.sums).data() + slot * rows * work_.most_segments;
+    in.scale = (alone ? own.scale : work_.scale.data()) + slot * rows;
+    in.floats = (alone ? own.floats : work_.floats).data() + slot * rows * work_.widest;
+    return in;
+  }
+
+  void prepare_token(const float* x, size_t t, const float* norm, std::span<const Linear* const> linears) {
+    Scratch& own = work_.scratch[worker_.index()];
+    const size_t n = linears[0]->columns();
+    const float* normed = x;
+    if (norm != nullptr) {
+      room_.rms_norm(x, norm, config_.rms_norm_eps, n, own.state.data());
+      normed = own.state.data();
+    }
+    for (size_t i = 0; i < linears.size(); ++i) {
+      if (same_as_[i] != i) continue;
+      const float* in = normed;
+      if (linears[i]->norm != nullptr) {
+        room_.rms_norm(normed, linears[i]->norm, config_.rms_norm_eps, n, own.normed.data());
+        in = own.normed.data();
+      }
+      if (linears[i]->is_ternary) {
+        quantize_token(room_, config_.activation_rounding, in, t, inputs_[i]);
+      } else {
+        std::memcpy(inputs_[i].floats + t * n, in, n * sizeof(float));
+      }
+    }
+  }
+
+  void tap(std::span<const Linear* const> linears) {
+    for (size_t i = 0; i < linears.size(); ++i) {
+      if (!linears[i]->is_ternary) continue;
+      const Input& in = inputs_[i];
+      Tap& code = (*work_.taps)[linears[i]->name + ".code"];
+      Tap& scale = (*work_.taps)[linears[i]->name + ".scale"];
+      code.shape = {code.codes.size() / in.columns + in.tokens, in.columns};
+      for (size_t t = 0; t < in.tokens; ++t) {
+        for (size_t k = 0; k < in.columns; ++k) {
+          const size_t at = k / in.shape.segment * in.shape.padded + k % in.shape.segment;
+          code.codes.push_back(in.code[t * in.shape.stride() + at]);
+        }
+        scale.floats.push_back(in.scale[t]);
+      }
+      scale.shape = {scale.floats.size()};
+    }
+  }
+
+  const Model& model_;
+  const Config& config_;
+  const KernelTable& room_;
+  const Chunk& chunk_;
+  Workspace& work_;
+  Worker& worker_;
+  Input inputs_[kInputs];
+  size_t same_as_[kInputs] = {};
+};
+
+void tap_states(Workspace& work, const std::string& name, const float* rows, size_t count, size_t width,
+                size_t stride) {
+  Tap& tap = (*work.taps)[name];
+  for (size_t t = 0; t < count; ++t) tap.floats.insert(tap.floats.end(), rows + t * stride, rows + t * stride + width);
+  tap.shape = {tap.floats.size() / width, width};
+}
+
+// Queries, keys and values are one matrix to the threads: row blocks of all three are shared out together.
+void project_qkv(const Model& model, const Layer& layer, const LayerPass& pass, Workspace& work, Worker& worker) {
+  const Linear* parts[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
+  const size_t stride = work.query_stride + 2 * work.key_stride;
+  const size_t places[] = {0, work.query_stride, work.query_stride + work.key_stride};
+  size_t total = 0;
+  for (const Linear* part : parts) total += part->padded_rows() / kRowBlock;
+  const Range mine = share(worker, total);
+  size_t before = 0;
+  for (size_t i = 0; i < 3; ++i) {
+    const size_t blocks = parts[i]->padded_rows() / kRowBlock;
+    const size_t begin = std::clamp(mine.begin, before, before + blocks) - before;
+    const size_t end = std::clamp(mine.end, before, before + blocks) - before;
+    if (begin < end) {
+      linear_rows(model.room(), *parts[i], pass.input(i), {begin, end}, work.qkv.data() + places[i], stride, false);
+    }
+    before += blocks;
+  }
+}
+
+}  // namespace
+
+void rotary_table(const Config& config, const Chunk& chunk, Workspace& work) {
+  const size_t half = config.head_dim / 2;
+  for (size_t t = 0; t < chunk.count; ++t) {
+    const auto position = static_cast<float>(chunk.position + t);
+    for (size_t i = 0; i < half; ++i) {
+      const float angle = position * config.inv_freq[i];  // in fp32, as the models are trained
+      work.cosine[t * half + i] = std::cos(angle) * config.rope_scale;
+      work.sine[t * half + i] = std::sin(angle) * config.rope_scale;
+    }
+  }
+}
+
+void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspace& work, Worker& worker) {
+  const Config& config = model.config();
+  const KernelTable& room = model.room();
+  const Range tokens = share(worker, chunk.count);
+  for (size_t t = tokens.begin; t < tokens.end; ++t) {
+    table_row(room, model.embedding(), static_cast<size_t>(chunk.tokens[t]), work.state.data() + t * work.state_stride);
+  }
+  worker.barrier();
+
+  const Range state_rows = share(worker, ceil_div(config.hidden_size, kRowBlock));
+  const Range hidden_rows = share(worker, ceil_div(config.intermediate_size, kRowBlock));
+  LayerPass pass(model, chunk, work, worker);
+  for (size_t i = 0; i < model.layers().size(); ++i) {
+    const Layer& layer = model.layers()[i];
+    const Linear* const reads_state[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
+    pass.prepare(work.state.data(), work.state_stride, layer.input_norm, reads_state);
+    project_qkv(model, layer, pass, work, worker);
+    worker.barrier();
+    run_attention(model, i, chunk, cache, work, worker);
+    worker.barrier();
+    const Linear* const reads_attended[] = {&layer.o_proj};
+    pass.prepare(work.attended.data(), work.query_stride, nullptr, reads_attended);
+    linear_rows(room, layer.o_proj, pass.input(0), state_rows, work.state.data(), work.state_stride, true);
+    worker.barrier();
+    const Linear* const reads_mlp[] = {&layer.gate_proj, &layer.up_proj};
+    pass.prepare(work.state.data(), work.state_stride, layer.post_attention_norm, reads_mlp);
+    gated_rows(room, config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), hidden_rows,
+               work.hidden.data(), work.hidden_stride);
+    worker.barrier();
+    const Linear* const reads_hidden[] = {&layer.down_proj};
+    pass.prepare(work.hidden.data(), work.hidden_stride, nullptr, reads_hidden);
+    linear_rows(room, layer.down_proj, pass.input(0), state_rows, work.state.data(), work.state_stride, true);
+    worker.barrier();
+    if (work.taps != nullptr && worker.index() == 0) {
+      tap_states(work, "model.layers." + std::to_string(i), work.state.data(), chunk.count, config.hidden_size,
+                 work.state_stride);
+    }
+  }
+}
+
+void run_head(const Model& model, size_t first, size_t count, Workspace& work, float* normed, float* logits,
+              Worker& worker) {
+  const Config& config = model.config();
+  const Range tokens = share(worker, count);
+  for (size_t t = tokens.begin; t < tokens.end; ++t) {
+    model.room().rms_norm(work.state.data() + (first + t) * work.state_stride, model.final_norm(), config.rms_norm_eps,
+                          config.hidden_size, normed + t * config.hidden_size);
+  }
+  worker.barrier();
+  if (work.taps != nullptr && worker.index() == 0) {
+    tap_states(work, "model.norm", normed, count, config.hidden_size, config.hidden_size);
+  }
+  head_rows(model.room(), model.head(), share(worker, config.vocab_size, kRowBlock), normed, count, logits);
+}
+
+}  // namespace bitdistill

@@ -1,0 +1,42 @@
+// The forward pass of one chunk of tokens, run by every thread side by side (SPMD): each takes its share of a phase, and
+// barriers divide the phases. For one token, cheap work (norms, quantisation) is done by every thread for itself, which
+// saves a barrier; the order of all sums is the same for any number of threads, and so are the results.
+#pragma once
+
+#include "kv_cache.h"
+#include "workspace.h"
+
+namespace bitdistill {
+
+struct Chunk {
+  const int32_t* tokens;
+  size_t count;     // 1..kChunk
+  size_t position;  // of the first
+};
+
+// Embedding and all layers: leaves the states before the last norm in work.state. Fills cosine and sine first.
+void rotary_table(const Config& config, const Chunk& chunk, Workspace& work);
+void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspace& work, Worker& worker);
+
+// logits[t][0..V) of states [first, first + count) of the chunk, a share of the vocabulary a thread. `normed` receives
+// the states after the last norm, [count][hidden_size]. Ends without a barrier.
+void run_head(const Model& model, size_t first, size_t count, Workspace& work, float* normed, float* logits,
+              Worker& worker);
+
+// One phase of the decoder, in attention.cc: rotates queries and keys, stores keys and values, attends.
+void run_attention(const Model& model, size_t layer, const Chunk& chunk, KvCache& cache, Workspace& work,
+                   Worker& worker);
+
+// In head.cc, also used on its own by tests.
+void table_row(const KernelTable& room, const DenseMatrix& table, size_t row, float* out);
+struct SplitCodes {
+  std::vector<int8_t> high, low;
+  float high_scale = 0, low_scale = 0;
+};
+// x ~= high * high_scale + low * low_scale, to 15 bits: with it an int8 head costs two exact integer dot products and
+// adds no error of its own.
+void split_codes(const float* x, size_t n, SplitCodes& out);
+void head_rows(const KernelTable& room, const DenseMatrix& head, Range rows, const float* x, size_t tokens,
+               float* logits);
+
+}  // namespace bitdistill

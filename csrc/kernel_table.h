@@ -1,0 +1,131 @@
+// The contract between the engine and its kernel rooms.
+//
+// A room is one instruction set: one translation unit, compiled with its own flags, that exports one symbol, a function
+// returning its table. Everything else of a room is local, and no room includes the standard library: an inline
+// function of it, compiled for AVX-512, could be the copy the linker hands to baseline code.
+//
+// Letters: M tokens, N output features (rows of a weight matrix), K input features. A weight matrix lies in row blocks of
+// 32 rows; a row block in segments of features that share a scale (one, unless scales are per block); a segment in
+// groups of 128 bytes (docs/format.md). How many features a group holds is the room's choice: 20 in the file's order
+// (1.6 bits a weight), 16 where two bits a weight decode faster.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+
+namespace bitdistill {
+
+constexpr size_t kRowBlock = 32;      // rows of a row block
+constexpr size_t kGroupBytes = 128;   // bytes of a group: 32 rows x 4
+constexpr size_t kFileGroup = 20;     // features of a group in the file's order
+constexpr size_t kMaxFeatures = 1u << 18;  // K: keeps every int32 accumulator below from overflowing
+constexpr size_t kKeyBlock = 16;      // keys of a block of the key cache
+constexpr size_t kMaxTile = 12;       // tokens of a gemm tile
+constexpr size_t kAttendRows = 16;    // query rows of one call of attend
+
+// CPU features a room may require.
+enum Feature : uint32_t {
+  kAvx2 = 1u << 0,
+  kFma = 1u << 1,
+  kF16c = 1u << 2,
+  kAvx512f = 1u << 3,
+  kAvx512bw = 1u << 4,
+  kAvx512vl = 1u << 5,
+  kAvx512dq = 1u << 6,
+  kAvx512vnni = 1u << 7,
+  kAvx512vbmi = 1u << 8,
+};
+
+enum class Rounding { divide, multiply };  // x / (max / 127) or x * (127 / max)
+enum class Activation { silu, relu2 };
+enum class Float { f32, bf16, f16 };
+
+// dot products -> float: out[t * out_stride + r] (+)= dot[t * 32 + r] * (act_scale[t] * scale[r]) + bias[r]
+struct Dequantize {
+  const int32_t* dot;
+  size_t tokens;
+  size_t rows;  // of the row block, 1..32
+  const float* act_scale;
+  const float* scale;  // one value if scale_per_row is false
+  bool scale_per_row;
+  const float* bias;  // null: none
+  float* out;
+  size_t out_stride;
+  bool accumulate;
+};
+
+// One sequence's queries of one KV head against its cache. Keys lie in blocks of 16, [block][head_dim][16]; values in
+// rows of padded_dim. Row i sees the first visible[i] keys; visible does not decrease.
+struct Attend {
+  const float* query;  // [rows][padded_dim], already scaled, zero beyond head_dim
+  size_t rows;         // 1..kAttendRows
+  const size_t* visible;
+  const void* keys;
+  const void* values;
+  bool half;  // fp16 keys and values, else fp32
+  size_t head_dim;
+  size_t padded_dim;  // head_dim rounded up to 16
+  float* out;         // [rows][padded_dim]
+  float* scores;      // scratch, kAttendRows * kScoreKeys
+};
+constexpr size_t kScoreKeys = 256;  // keys whose scores are held at a time
+
+struct KernelTable {
+  const char* name;
+  uint32_t features;  // Feature bits without which the room must not run
+  size_t group;       // features of a group in this room's order
+  size_t tile;        // most tokens of a gemm tile, <= kMaxTile
+
+  // One segment of one row block from the file's order to the room's; null where they are the same. `in` is
+  // ceil(features / 20) groups, `out` ceil(features / group) groups; they do not overlap.
+  void (*repack)(const uint8_t* in, size_t features, uint8_t* out);
+
+  // dot[b * 32 + r] = sum over k of code_weight * code for `row_blocks` row blocks `stride` bytes apart.
+  // code: groups * group codes, zero where padded; code_sum: their sum. Any int8 values, -128 included.
+  void (*gemv)(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code,
+               int32_t code_sum, int32_t* dot);
+
+  // dot[t * 32 + r] for one row block and `tokens` (1..tile) tokens. code: [groups * group / 4][tokens][4].
+  // dot is 64-byte aligned.
+  void (*gemm)(const uint8_t* weights, size_t groups, const int8_t* code, size_t tokens, const int32_t* code_sum,
+               int32_t* dot);
+
+  void (*dequantize)(const Dequantize* args);
+
+  // RMSNorm: out = gain * (x / sqrt(mean(x^2) + eps)); gain null: out = x. In place if out == x.
+  void (*rms_norm)(const float* x, const float* gain, float eps, size_t n, float* out);
+
+  // Absmax INT8 of x[n]. Codes go to segments of `segment` features, each padded with zeros to `padded`; sums[s] is the
+  // sum of segment s. Returns the scale.
+  float (*quantize)(const float* x, size_t n, size_t segment, size_t padded, Rounding rounding, int8_t* code,
+                    int32_t* sums);
+
+  // out[i] = activation(gate[i]) * up[i]
+  void (*gate)(const float* gate, const float* up, size_t n, Activation activation, float* out);
+
+  void (*attend)(const Attend* args);
+
+  // count floats to or from half-width storage (f16, bf16) or plain copies (f32).
+  void (*widen)(const void* in, Float type, size_t n, float* out);
+  void (*narrow_f16)(const float* in, size_t n, uint16_t* out);
+
+  // out[t * out_stride + r] = sum over k of weight[r * k + ...] * x[t * x_stride + ...] for f32 or bf16 weights.
+  void (*dense)(const void* weights, Float type, size_t rows, size_t k, const float* x, size_t x_stride,
+                size_t tokens, float* out, size_t out_stride);
+
+  // Two exact dot products per row of int8 weights: high[r], low[r] with two int8 vectors.
+  void (*dot_i8)(const int8_t* weights, size_t rows, size_t k, const int8_t* high, const int8_t* low,
+                 int32_t* high_dot, int32_t* low_dot);
+
+  // 64 multiply-adds per accumulator and step of the widest int8 dot product, on registers; returns multiply-adds done.
+  uint64_t (*probe_int8)(uint64_t steps);
+  // Sum of all 64-bit words: reads memory as fast as the room can. bytes is a multiple of 256.
+  uint64_t (*probe_read)(const uint8_t* data, size_t bytes);
+};
+
+const KernelTable* kernels_scalar();
+const KernelTable* kernels_avx2();
+const KernelTable* kernels_avx512_vnni();
+const KernelTable* kernels_avx512_vbmi();
+
+}  // namespace bitdistill

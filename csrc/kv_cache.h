@@ -1,0 +1,38 @@
+// Keys and values of one sequence.
+//
+// Per layer and KV head: keys in blocks of 16 positions, transposed, [position / 16][head_dim][16]; values in rows of
+// padded_head_dim. fp16, or fp32 in exact mode. Room for the whole context is reserved; pages come when written, so memory
+// follows the text (small pages: one huge page in each of layers x heads x 2 regions would be more than short texts need).
+#pragma once
+
+#include "config.h"
+#include "memory.h"
+
+namespace bitdistill {
+
+class KvCache {
+ public:
+  KvCache(const Config& config, size_t context, bool exact);
+
+  bool half() const { return half_; }
+  const void* keys(size_t layer, size_t head) const { return key_place(layer, head); }
+  const void* values(size_t layer, size_t head) const { return value_place(layer, head); }
+
+  // Stores one position's key and value of one head; `scratch` holds padded_head_dim halves.
+  void store(const KernelTable& room, size_t layer, size_t head, size_t position, const float* key,
+             const float* value, uint16_t* scratch);
+
+  // Bytes of the first `positions` positions.
+  uint64_t bytes(size_t positions) const;
+
+ private:
+  uint8_t* key_place(size_t layer, size_t head) const { return pages_.data() + (layer * heads_ + head) * per_head_; }
+  uint8_t* value_place(size_t layer, size_t head) const { return key_place(layer, head) + key_bytes_; }
+
+  size_t layers_, heads_, head_dim_, padded_dim_;
+  bool half_;
+  size_t key_bytes_, per_head_;
+  Pages pages_;
+};
+
+}  // namespace bitdistill

@@ -1,0 +1,53 @@
+// One sequence of tokens on a model.
+#pragma once
+
+#include <memory>
+#include <optional>
+#include <span>
+
+#include "decoder.h"
+#include "sampler.h"
+
+namespace bitdistill {
+
+enum class Finish { stop, length, context };
+
+class Session {
+ public:
+  // context 0: the model's. Throws std::invalid_argument.
+  Session(std::shared_ptr<const Model> model, size_t context, bool exact);
+
+  const Model& model() const { return *model_; }
+  size_t position() const { return stored_ + (pending_ ? 1 : 0); }
+  size_t context() const { return context_; }
+  uint64_t cache_bytes() const { return cache_.bytes(stored_); }
+  uint64_t scratch_bytes() const { return work_.bytes(); }
+
+  // Appends tokens; logits of the last one into [V], or of each into [n][V]. Throws std::invalid_argument, unchanged.
+  void forward(std::span<const int32_t> tokens, bool all_positions, float* logits, Taps* taps = nullptr);
+  // log p(tokens[i]) for i in [first, n).
+  void score(std::span<const int32_t> tokens, size_t first, float* out);
+  Finish decode(Sampler& sampler, size_t max_new_tokens, std::span<const int32_t> stop, std::vector<int32_t>& out);
+  void truncate(size_t position);
+
+ private:
+  void check(std::span<const int32_t> tokens) const;
+  // All chunks of `tokens` through the layers; after_chunk(worker, done, count) runs on every thread after each.
+  template <class AfterChunk>
+  void feed(std::span<const int32_t> tokens, AfterChunk&& after_chunk);
+  void feed_for_last(std::span<const int32_t> tokens);
+  void feed_pending();
+
+  std::shared_ptr<const Model> model_;
+  size_t context_;
+  KvCache cache_;
+  Workspace work_;
+  std::mutex mutex_;  // a second thread's call waits
+  size_t stored_ = 0;
+  std::optional<int32_t> pending_;  // generated, not yet fed
+  bool has_logits_ = false;         // logits_ follow the last token
+  std::vector<float> logits_;
+  std::vector<float> normed_;  // [kChunk][hidden_size] at most
+};
+
+}  // namespace bitdistill

@@ -1,0 +1,61 @@
+// Buffers of one session, for up to kChunk tokens at a time. Pages come when touched: a session that only decodes pays for
+// one token's worth.
+#pragma once
+
+#include <map>
+#include <string>
+
+#include "linear.h"
+
+namespace bitdistill {
+
+// Tokens that go through the layers together: activations of a chunk stay in the last-level cache, and weights are read
+// once for all of them.
+constexpr size_t kChunk = 256;
+
+// Linears that read the same state (q, k, v) need up to three inputs, where each has a norm of its own.
+constexpr size_t kInputs = 3;
+
+// What a thread needs for itself.
+struct Scratch {
+  Array<float> state;   // one token, any width
+  Array<float> normed;  // the same, after a linear's own norm
+  Array<float> query, mixed, scores;
+  Array<uint16_t> half;
+  Array<int8_t> code;  // one token's codes: the smallest step quantises in every thread, and needs no barrier
+  Array<int32_t> sums;
+  Array<float> floats;  // one token's dense inputs
+  float scale[kInputs] = {};
+};
+
+// Tapped values of a forward pass, by name.
+struct Tap {
+  std::vector<size_t> shape;
+  std::vector<int8_t> codes;
+  std::vector<float> floats;
+};
+using Taps = std::map<std::string, Tap>;
+
+struct Workspace {
+  Workspace(const Config& config, const KernelTable& room, size_t threads);
+  uint64_t bytes() const;
+
+  size_t widest;        // features of the widest state
+  size_t widest_codes;  // bytes of the widest code row
+  size_t most_segments;
+  size_t state_stride, query_stride, key_stride, hidden_stride;
+
+  Array<float> state;     // [tokens][state_stride]: the residual stream
+  Array<float> qkv;       // [tokens][query_stride + 2 * key_stride]
+  Array<float> attended;  // [tokens][query_stride]
+  Array<float> hidden;    // [tokens][hidden_stride]: activation(gate) * up
+  Array<float> cosine, sine;  // [tokens][head_dim / 2]
+  Array<int8_t> code, packed;  // [kInputs][tokens][widest_codes]
+  Array<int32_t> sums;
+  Array<float> scale;
+  Array<float> floats;  // [kInputs][tokens][widest], for dense linears
+  std::vector<Scratch> scratch;  // one per thread
+  Taps* taps = nullptr;
+};
+
+}  // namespace bitdistill

@@ -1,0 +1,125 @@
+"""Float kernels of every room against torch: norm and quantisation, attention, embedding and head."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from packed_student import as_bf16, int8_rows
+from torch.nn import functional as F
+
+from bitdistill import _core
+from bitdistill.model.quant import quantize_int8
+
+ROOMS = _core.available_isas()
+
+
+@pytest.mark.parametrize("columns", [1, 7, 16, 33, 64, 100, 2560])
+def test_quantisation_has_torchs_codes_exactly(isa: str, columns: int) -> None:
+    """Without a norm the inputs are equal, so the codes must be, ties included."""
+    x = torch.randn(50, columns) * torch.logspace(-8, 8, 50)[:, None]
+    x[0] = 0
+    x[1] = torch.arange(columns) % 255 - 127  # scale 1: codes are the values
+    x[2] = (torch.arange(columns) % 127) + 0.5  # ties: to even
+    x[2, 0] = 127
+    code, scale = quantize_int8(x)
+    got_code, got_scale = _core.norm_quantize(x.numpy(), None, 0.0, isa=isa)
+    np.testing.assert_array_equal(got_scale, scale[:, 0].numpy())
+    np.testing.assert_array_equal(got_code, code.numpy())
+
+
+def test_multiplying_quantisation_is_transformers(isa: str) -> None:
+    x = torch.randn(64, 96)
+    factor = 127 / x.abs().max(dim=-1, keepdim=True).values.clamp(min=1e-5)
+    expected = (x * factor).round().clamp(-128, 127)
+    code, _ = _core.norm_quantize(x.numpy(), None, 0.0, isa=isa, rounding="multiply")
+    np.testing.assert_array_equal(code, expected.numpy())
+
+
+@pytest.mark.parametrize("columns", [5, 64, 259, 2560])
+def test_norm_then_quantisation(isa: str, columns: int) -> None:
+    x, gain = torch.randn(200, columns) * 3, torch.rand(columns) + 0.5
+    code, scale = quantize_int8(F.rms_norm(x, (columns,), gain, 1e-5))
+    got_code, got_scale = _core.norm_quantize(x.numpy(), gain.numpy(), 1e-5, isa=isa)
+    np.testing.assert_allclose(got_scale, scale[:, 0].numpy(), rtol=2e-6)
+    different = got_code != code.numpy()
+    assert different.mean() <= 1e-3  # sums round differently: a value next to a tie may move
+    assert np.abs(got_code.astype(int) - code.numpy().astype(int)).max() <= 1
+
+
+def test_values_that_are_not_finite_do_no_harm(isa: str) -> None:
+    x = np.array([[np.nan, 1, 2], [np.inf, 1, 2], [-np.inf, np.nan, 0]], np.float32).repeat(9, axis=1)
+    code, _ = _core.norm_quantize(x, None, 0.0, isa=isa)
+    assert code.shape == x.shape
+
+
+@given(
+    tokens=st.integers(1, 40),
+    before=st.integers(0, 600),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 5),
+    dim=st.sampled_from([2, 6, 8, 16, 30, 64, 128]),
+    room=st.sampled_from(ROOMS),
+    exact=st.booleans(),
+)
+def test_attention_is_torchs(
+    tokens: int, before: int, kv: int, group: int, dim: int, room: str, exact: bool
+) -> None:
+    torch.manual_seed(tokens * 1000 + before)
+    positions = tokens + before
+    query = torch.randn(tokens, kv * group, dim) * 2
+    key, value = torch.randn(positions, kv, dim), torch.randn(positions, kv, dim)
+    if not exact:
+        key, value = key.half().float(), value.half().float()  # the cache's rounding is not under test
+    mask = torch.arange(positions)[None, :] <= torch.arange(before, positions)[:, None]
+    expected = F.scaled_dot_product_attention(
+        query.transpose(0, 1).double(),
+        key.repeat_interleave(group, 1).transpose(0, 1).double(),
+        value.repeat_interleave(group, 1).transpose(0, 1).double(),
+        attn_mask=mask,
+    ).transpose(0, 1)
+    got = _core.attend(query.numpy(), key.numpy(), value.numpy(), dim**-0.5, isa=room, exact=exact)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=2e-5, atol=2e-5)
+
+
+def test_attention_with_scores_far_apart(isa: str) -> None:
+    """exp underflows for all keys but one, and the best key comes last: the running maximum must carry it."""
+    query = np.full((1, 1, 16), 30, np.float32)
+    key = np.linspace(-5, 5, 700, dtype=np.float32)[:, None, None].repeat(16, axis=2)
+    value = np.arange(700, dtype=np.float32)[:, None, None].repeat(16, axis=2)
+    got = _core.attend(query, key, value, 1.0, isa=isa, exact=True)
+    scores = 480.0 * key[:, 0, 0].astype(np.float64)
+    weights = np.exp(scores - scores.max())
+    expected = (weights * value[:, 0, 0]).sum() / weights.sum()
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 66])
+@pytest.mark.parametrize("columns", [1, 15, 64, 100, 257])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_head(isa: str, rows: int, columns: int, tokens: int) -> None:
+    weight, x = torch.randn(rows, columns), torch.randn(tokens, columns)
+    exact = x.double() @ weight.double().T
+    np.testing.assert_allclose(
+        _core.head_logits(weight.numpy(), None, x.numpy(), isa=isa), exact, rtol=1e-5, atol=1e-4
+    )
+
+    rounded = x.double() @ weight.bfloat16().double().T
+    np.testing.assert_allclose(
+        _core.head_logits(as_bf16(weight), None, x.numpy(), isa=isa), rounded, rtol=1e-5, atol=1e-4
+    )
+
+    code, scale = int8_rows(weight)
+    quantised = x.double().numpy() @ (code * scale).astype(np.float64).T
+    got = _core.head_logits(code, scale[:, 0].copy(), x.numpy(), isa=isa)
+    # x is split in two int8 codes: half a step of the finer one, peak / 127 / 254 / 2, over each of the columns.
+    bound = np.abs(code * scale).sum(1)[None, :] * x.abs().amax(1).numpy()[:, None] / 127 / 254 / 2
+    assert (np.abs(got - quantised) <= bound * 1.01 + 1e-4).all()
+
+
+def test_int8_head_is_the_same_in_every_room() -> None:
+    code = np.random.default_rng(0).integers(-128, 128, (50, 200)).astype(np.int8)
+    scale, x = np.ones(50, np.float32), np.random.default_rng(1).normal(size=(3, 200)).astype(np.float32)
+    results = [_core.head_logits(code, scale, x, isa=room) for room in ROOMS]
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
