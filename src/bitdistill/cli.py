@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from . import __version__
+from . import __version__, cli_engine
+from .cli_output import JsonFile, console, stderr, write_json_to
 from .errors import BitDistillError, ConfigError
 
 if TYPE_CHECKING:
@@ -29,9 +29,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(markup=False)  # paths and patterns may hold brackets
-stderr = Console(stderr=True)
-
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML recipe.")]
 Overrides = Annotated[
     list[str] | None,
@@ -39,9 +36,6 @@ Overrides = Annotated[
 ]
 Source = Annotated[str, typer.Option(help="Checkpoint folder or hub id to start from.")]
 Output = Annotated[Path, typer.Option(help="Folder of the new checkpoint.")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="PATH", help="Also write the result here as JSON.")
-]
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C (128 + SIGINT), which typer turns into an exit."""
@@ -180,18 +174,37 @@ def evaluate(
     perplexity: Annotated[
         bool, typer.Option(help="Perplexity on the corpus's held-out part instead.")
     ] = False,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="SOURCE is an exported model: run it in the CPU engine.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="With --engine: keys and values in fp32.")] = False,
     set_: Overrides = None,
     json_path: JsonFile = None,
 ) -> None:
-    """Evaluate a checkpoint on the recipe's task, or its perplexity."""
+    """Evaluate a checkpoint on the recipe's task, or its perplexity; in torch, or an exported one in the engine."""
     from . import pipeline
     from .data.tasks import load_task
 
     config = _load(recipe, set_)
     if split not in ("test", "validation"):
         raise ConfigError(f"--split {split}: use test or validation")
-    if perplexity:
-        result: dict[str, Any] = {"perplexity": pipeline.heldout_perplexity(config, source)}
+    if exact and not engine:
+        raise ConfigError("--exact changes the engine's attention cache; give it with --engine")
+    if engine:
+        from . import deploy
+
+        if perplexity:
+            raise ConfigError(
+                "--engine --perplexity: the engine is evaluated on tasks; leave out one of the two"
+            )
+        found = deploy.evaluate_engine(config, load_task(config.task), source, split, exact=exact)
+        result: dict[str, Any] = {
+            found.metric: found.value,
+            "stderr": found.stderr,
+            "items": len(found.correct),
+        }
+    elif perplexity:
+        result = {"perplexity": pipeline.heldout_perplexity(config, source)}
     else:
         found = pipeline.evaluate_model(config, load_task(config.task), source, split)
         result = {found.metric: found.value, "stderr": found.stderr, "items": len(found.correct)}
@@ -201,7 +214,7 @@ def evaluate(
         highlight=False,
         soft_wrap=True,
     )
-    _write_json(json_path, result)
+    write_json_to(json_path, result)
 
 
 @app.command()
@@ -209,13 +222,44 @@ def inspect(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     json_path: JsonFile = None,
 ) -> None:
-    """Show what a checkpoint is: family, ternary layers, parameters, bytes, trit shares."""
-    from .train.inspection import inspect_checkpoint
+    """Show what a checkpoint or an exported model is: family, parameters, bytes per part, bits per weight."""
+    from .packed import is_packed
 
-    result = inspect_checkpoint(source)
+    if is_packed(Path(source)):
+        from .engine.facts import packed_facts
+
+        result = packed_facts(source)
+    else:
+        from .train.inspection import inspect_checkpoint
+
+        result = inspect_checkpoint(source)
     for key, value in result.items():
         console.print(f"{key:<24} {value}", highlight=False, soft_wrap=True)
-    _write_json(json_path, result)
+    write_json_to(json_path, result)
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Finished ternary checkpoint.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the exported model.")],
+    head: Annotated[str | None, typer.Option(help="Form of the head: bf16, int8 or f32.")] = None,
+    embedding: Annotated[str | None, typer.Option(help="Form of the embedding: bf16, int8 or f32.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence of the base model, if its card does not say.")
+    ] = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Pack a student into the folder that the CPU engine runs: 1.6 bits a ternary weight."""
+    from .export import export as export_model
+
+    facts = export_model(student, output, head=head, embedding=embedding, licence=licence)  # type: ignore[arg-type]
+    console.print(
+        f"{output}: {facts['bytes']:,} bytes, {facts['bits_per_weight']} bits a weight "
+        f"({facts['bytes_at_16_bit'] / facts['bytes']:.1f}x smaller than 16 bit)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    write_json_to(json_path, facts)
 
 
 @app.command()
@@ -229,7 +273,10 @@ def report(
     paths = [str(path) for path in write_report(run_dir)]
     for path in paths:
         console.print(path, highlight=False, soft_wrap=True)
-    _write_json(json_path, {"html": paths[0], "markdown": paths[1]})
+    write_json_to(json_path, {"html": paths[0], "markdown": paths[1]})
+
+
+cli_engine.add_verbs(app)
 
 
 def _set(key: str, text: object) -> str:
@@ -254,7 +301,7 @@ def _step(
 
     finished = step(recipe, source, output)
     console.print(f"{finished}: done", highlight=False, soft_wrap=True)
-    _write_json(json_path, read_run(finished))
+    write_json_to(json_path, read_run(finished))
 
 
 def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
@@ -266,7 +313,7 @@ def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
     if not is_main_process():
         return
     console.print(_result_table(result))
-    _write_json(json_path, result)
+    write_json_to(json_path, result)
     try:
         html, _ = write_report(recipe.run_dir)
         console.print(f"report: {html}", highlight=False, soft_wrap=True)
@@ -296,17 +343,6 @@ def _result_table(result: dict[str, Any]) -> Table:
             " + ".join(f"{seconds:.0f}" for seconds in row["time_s"].values()) + " s",
         )
     return table
-
-
-def _write_json(path: Path | None, value: Any) -> None:
-    if path is None:
-        return
-    if path.exists() and not path.is_file():  # a pipe or device cannot be renamed over
-        path.write_text(json.dumps(value) + "\n", encoding="utf-8")
-        return
-    from .checkpoint import write_json
-
-    write_json(path, value)
 
 
 def _remedy(error: BaseException) -> str | None:
