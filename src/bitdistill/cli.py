@@ -87,7 +87,7 @@ def demo(
         recipe = load_recipe(
             path, [_set("output_dir", output), f"seed={seed}", _set("name", name), *(set_ or [])]
         )
-    _run_recipe(recipe, json_path)
+    _run_recipe(recipe, json_path, deploy=True)
 
 
 @app.command()
@@ -304,7 +304,7 @@ def _step(
     write_json_to(json_path, read_run(finished))
 
 
-def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
+def _run_recipe(recipe: "Recipe", json_path: Path | None, *, deploy: bool = False) -> None:
     from . import pipeline
     from .processes import is_main_process
     from .report.write import write_report
@@ -313,12 +313,35 @@ def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
     if not is_main_process():
         return
     console.print(_result_table(result))
+    if deploy and {"bitdistill", "fp16_sft"} <= result.keys():
+        _deploy(recipe, result)
     write_json_to(json_path, result)
     try:
         html, _ = write_report(recipe.run_dir)
         console.print(f"report: {html}", highlight=False, soft_wrap=True)
     except BitDistillError as error:  # the run is done and recorded; a missing plot library must not fail it
         stderr.print(f"no report: {_escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def _deploy(recipe: "Recipe", result: dict[str, Any]) -> None:
+    """The student of a run in the CPU engine, beside torch and the full-precision model; recorded under ``meta``."""
+    from .checkpoint import write_json
+    from .data.tasks import load_task
+    from .deploy import engine_record
+
+    student, teacher = (recipe.run_dir / result[key]["steps"][-1] for key in ("bitdistill", "fp16_sft"))
+    record = engine_record(recipe, load_task(recipe.task), student, teacher)
+    result["meta"]["engine"] = record
+    write_json(recipe.run_dir / "result.json", result)
+    same = record["items"] - len(record["outcomes_that_differ"])
+    console.print(
+        f"in the engine ({record['isa']}, {record['threads']} threads): {same} of {record['items']} test items come out "
+        f"as in torch\n  memory     {record['bytes']:,} bytes; full precision {record['full_precision_bytes']:,}\n"
+        f"  decoding   {record['decode_tok_s']:,.0f} tokens/s; full precision in torch "
+        f"{record['full_precision_decode_tok_s']:,.0f}\n  try it     bitdistill generate {record['folder']} 'PROMPT'",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _result_table(result: dict[str, Any]) -> Table:
