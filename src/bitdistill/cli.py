@@ -335,8 +335,8 @@ def _deploy(recipe: "Recipe", result: dict[str, Any]) -> None:
     write_json(recipe.run_dir / "result.json", result)
     same = record["items"] - len(record["outcomes_that_differ"])
     console.print(
-        f"in the engine ({record['isa']}, {record['threads']} threads): {same} of {record['items']} test items come out "
-        f"as in torch\n  memory     {record['bytes']:,} bytes; full precision {record['full_precision_bytes']:,}\n"
+        f"in the engine ({record['isa']}, {record['threads']} threads): {same} of {record['items']} test items come "
+        f"out as in torch\n  memory     {record['bytes']:,} bytes; full precision {record['full_precision_bytes']:,}\n"
         f"  decoding   {record['decode_tok_s']:,.0f} tokens/s; full precision in torch "
         f"{record['full_precision_decode_tok_s']:,.0f}\n  try it     bitdistill generate {record['folder']} 'PROMPT'",
         highlight=False,

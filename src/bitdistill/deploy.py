@@ -13,7 +13,7 @@ from .data.tasks import Task
 from .engine import Engine, EngineScorer
 from .evaluate import Evaluation, Scorer, TorchScorer, evaluate_classification, evaluate_generation
 from .export import export
-from .train.loading import load_tokenizer
+from .train.loading import load_model, load_tokenizer
 
 DECODE_TOKENS = 64
 """Tokens of the speed figures of a record; ``bitdistill bench`` measures properly."""
