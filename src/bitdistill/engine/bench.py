@@ -20,6 +20,7 @@ from types import TracebackType
 from typing import Any
 
 from ..errors import ConfigError, EngineError
+from .bench_worker import DECODE_PROMPT
 from .shapes import find_shape
 
 logger = logging.getLogger(__name__)
@@ -127,6 +128,7 @@ def run_bench(
                     records += [
                         _record(name, count, own, peer, peer_format, phase, tokens, budget)
                         for phase, tokens in PHASES
+                        if tokens < own.facts["max_context"] - DECODE_PROMPT
                     ]
                 finally:
                     if peer is not None:

@@ -48,6 +48,7 @@ class OwnModel:
         return {
             "load_s": self.load_s,
             "isa": self.core.isa,
+            "max_context": self.shape["max_position_embeddings"],
             "ternary_weights": weights,
             "weight_bits": round(8 * memory["ternary"] / weights, 3),
             "head_bits": int(2 ** round(np.log2(bits))),
