@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,13 +11,16 @@ from typing import Any
 import pytest
 
 from bitdistill import Engine
+from bitdistill.data.tasks import load_task
+from bitdistill.deploy import engine_record
 from bitdistill.engine.bench import run_bench
 from bitdistill.engine.shapes import SHAPES, ternary_weights
 from bitdistill.errors import ConfigError
+from bitdistill.recipe import load_recipe
 
 RECORD = {
-    "shape", "threads", "phase", "tokens", "batch", "tok_s", "roofline_share", "probe_gb_s", "probe_gmac_s", "head_bits",
-    "weight_bits", "peak_rss_bytes", "first_token_s", "versus",
+    "shape", "threads", "phase", "tokens", "batch", "tok_s", "roofline_share", "probe_gb_s", "probe_gmac_s",
+    "head_bits", "weight_bits", "peak_rss_bytes", "first_token_s", "versus",
 }  # fmt: skip
 
 
@@ -97,6 +101,22 @@ def test_eval_in_the_engine_is_torchs(
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
     keys = ("accuracy", "stderr", "items")
     assert [found["engine"][k] for k in keys] == [found["torch"][k] for k in keys]
+
+
+def test_a_finished_student_is_recorded_beside_torch_and_full_precision(
+    student: Path, teacher: Path, project: Path, tmp_path: Path
+) -> None:
+    """What the demo prints after its table."""
+    copy = Path(shutil.copytree(student, tmp_path / "student"))
+    recipe = load_recipe(project, [])
+    record = engine_record(recipe, load_task(recipe.task), copy, teacher)
+    assert record["accuracy"] == record["torch_accuracy"]
+    assert record["outcomes_that_differ"] == []
+    assert record["items"] == 18
+    assert record["bytes"] < record["full_precision_bytes"]
+    assert record["decode_tok_s"] > 0
+    assert record["full_precision_decode_tok_s"] > 0
+    assert Engine(record["folder"]).generate("the soup", max_new_tokens=2).prompt_tokens > 0
 
 
 @pytest.mark.parametrize(
