@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -37,7 +38,19 @@ double Sampler::uniform() {
 }
 
 int32_t highest(const float* logits, size_t count) {
-  int32_t best = -1;
+  // Sixteen running maxima become vector instructions; a NaN never replaces one.
+  constexpr size_t kLanes = 16;
+  float lanes[kLanes];
+  for (float& lane : lanes) lane = -std::numeric_limits<float>::infinity();
+  size_t whole = 0;
+  for (; whole + kLanes <= count; whole += kLanes) {
+    for (size_t j = 0; j < kLanes; ++j) lanes[j] = logits[whole + j] > lanes[j] ? logits[whole + j] : lanes[j];
+  }
+  float peak = *std::max_element(lanes, lanes + kLanes);
+  for (; whole < count; ++whole) peak = logits[whole] > peak ? logits[whole] : peak;
+  if (std::isfinite(peak)) return static_cast<int32_t>(std::find(logits, logits + count, peak) - logits);
+
+  int32_t best = -1;  // nothing finite, or an infinity to pass over
   for (size_t i = 0; i < count; ++i) {
     if (std::isfinite(logits[i]) && (best < 0 || logits[i] > logits[best])) best = static_cast<int32_t>(i);
   }

@@ -155,7 +155,7 @@ class Session:
     @property
     def context(self) -> int: ...
     def memory(self) -> dict[str, int]:
-        """Bytes: ``kv_cache``, ``scratch``."""
+        """Bytes: ``kv_cache`` that the text so far takes, ``scratch`` at most (pages come when they are used)."""
 
     def forward(self, tokens: NDArray[np.int32], *, all_positions: bool = False) -> NDArray[np.float32]:
         """Append ``tokens``; logits ``[V]`` after the last of them, or ``[len(tokens), V]``.

@@ -188,7 +188,17 @@ def test_sampling_follows_the_probabilities() -> None:
             options
         )
     assert _core.Sampler().sample(logits) == 0
-    assert _core.Sampler().sample(np.array([1, 3, 3], np.float32)) == 1
+
+
+@pytest.mark.parametrize("count", [1, 2, 15, 16, 17, 100, 1000])
+def test_greedy_is_the_first_of_the_highest_finite_logits(count: int) -> None:
+    rng = np.random.default_rng(count)
+    for _ in range(20):
+        logits = rng.integers(-3, 3, count).astype(np.float32)  # many ties
+        assert _core.Sampler().sample(logits) == int(logits.argmax())
+        logits[rng.integers(count, size=count // 3)] = rng.choice([np.nan, np.inf, -np.inf])
+        finite = np.where(np.isfinite(logits), logits, -np.inf)
+        assert _core.Sampler().sample(logits) == int(finite.argmax())
 
 
 @pytest.mark.parametrize(
