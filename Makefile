@@ -35,7 +35,7 @@ test: lint
 # A build of the core beside the installed one. Python itself is not instrumented: the runtime comes in by preload, and
 # leaks, which are Python's at exit, are not looked for.
 SANITIZED := build/sanitize
-test-sanitize: $(VENV)/installed
+sanitize: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DBITDISTILL_SANITIZE=ON \
 		-DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > $(VENV)/sanitize.log || (cat $(VENV)/sanitize.log; exit 1)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)

@@ -276,6 +276,36 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, project: Path, llama: Path
     return _made("sft", tmp_path_factory.mktemp("models") / "teacher", project, llama)
 
 
+def save_small_student(folder: Path, family: str, ternary: dict, **changes: object) -> Path:
+    """A small random student with norm gains that are not neutral, saved with its tokenizer."""
+    from bitdistill.model.students import STUDENT_CLASSES
+
+    base = small_model(family, **changes)
+    config_class, model_class = STUDENT_CLASSES[family]
+    fields = base.config.to_dict()
+    fields.pop("model_type")
+    model = model_class(config_class(ternary=ternary, **fields)).eval()
+    report = model.load_state_dict(base.state_dict(), strict=False)
+    assert all(".norm.weight" in name for name in report.missing_keys)
+    with torch.no_grad():
+        for name in report.missing_keys:
+            model.get_parameter(name).uniform_(0.5, 1.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def save_student(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
+    """``save_student(folder, "qwen3", {"norm_sites": "all"}, tie_word_embeddings=False)`` -> folder."""
+
+    def save(folder: Path, family: str, ternary: dict, **changes: object) -> Path:
+        save_small_student(folder, family, ternary, **changes)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return save
+
+
 def _made(verb: str, output: Path, recipe: Path, source: Path) -> Path:
     outcome = run_cli(verb, recipe, "--source", source, "--output", output)
     assert outcome.status == 0, outcome.err

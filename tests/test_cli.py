@@ -14,7 +14,10 @@ from bitdistill import cli as cli_module
 from bitdistill.errors import CheckpointError
 from bitdistill.train import inspection, loading, stage3_distill
 
-VERBS = {"demo", "run", "refine", "pretrain", "sft", "distill", "eval", "inspect", "report"}
+VERBS = {
+    "demo", "run", "refine", "pretrain", "sft", "distill", "eval", "inspect", "export", "report", "generate", "chat",
+    "bench",
+}  # fmt: skip
 
 
 # --- without torch ---
@@ -29,6 +32,9 @@ VERBS = {"demo", "run", "refine", "pretrain", "sft", "distill", "eval", "inspect
         "from bitdistill import cli; run(cli, 'distill', '--help')",
         "from bitdistill import cli; run(cli, '--version')",
         "from bitdistill import cli; run(cli, 'run', 'none.toml')",
+        "from bitdistill import cli; run(cli, 'generate', '--help')",
+        "from bitdistill import cli; run(cli, 'generate', 'none', 'text')",
+        "from bitdistill import cli; run(cli, 'bench', '--help')",
     ],
 )
 def test_torch_is_not_imported_by(action):

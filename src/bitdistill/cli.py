@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
-from . import __version__
+from . import __version__, cli_engine
+from .cli_output import JsonFile, console, stderr, write_json_to
 from .errors import BitDistillError, ConfigError
 
 if TYPE_CHECKING:
@@ -30,9 +30,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(markup=False)  # paths and patterns may hold brackets
-stderr = Console(stderr=True)
-
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML recipe.")]
 Overrides = Annotated[
     list[str] | None,
@@ -40,9 +37,6 @@ Overrides = Annotated[
 ]
 Source = Annotated[str, typer.Option(help="Checkpoint folder or hub id to start from.")]
 Output = Annotated[Path, typer.Option(help="Folder of the new checkpoint.")]
-JsonFile = Annotated[
-    Path | None, typer.Option("--json", metavar="PATH", help="Also write the result here as JSON.")
-]
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C (128 + SIGINT), which typer turns into an exit."""
@@ -98,7 +92,7 @@ def demo(
     with resources.as_file(resources.files("bitdistill") / "recipes" / "demo.toml") as path:
         options = {"output_dir": str(output), "seed": seed, "name": name}
         recipe = load_recipe(path, set_ or (), options)
-    _run_recipe(recipe, json_path)
+    _run_recipe(recipe, json_path, deploy=True)
 
 
 @app.command()
@@ -187,18 +181,37 @@ def evaluate(
     perplexity: Annotated[
         bool, typer.Option(help="Perplexity on the corpus's held-out part instead.")
     ] = False,
+    engine: Annotated[
+        bool, typer.Option("--engine", help="SOURCE is an exported model: run it in the CPU engine.")
+    ] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="With --engine: keys and values in fp32.")] = False,
     set_: Overrides = None,
     json_path: JsonFile = None,
 ) -> None:
-    """Evaluate a checkpoint on the recipe's task, or its perplexity."""
+    """Evaluate a checkpoint on the recipe's task, or its perplexity; in torch, or an exported one in the engine."""
     from . import pipeline
     from .data.tasks import load_task
 
     config = _load(recipe, set_)
     if split not in ("test", "validation"):
         raise ConfigError(f"--split {split}: use test or validation")
-    if perplexity:
-        result: dict[str, Any] = {"perplexity": pipeline.heldout_perplexity(config, source)}
+    if exact and not engine:
+        raise ConfigError("--exact changes the engine's attention cache; give it with --engine")
+    if engine:
+        from . import deploy
+
+        if perplexity:
+            raise ConfigError(
+                "--engine --perplexity: the engine is evaluated on tasks; leave out one of the two"
+            )
+        found = deploy.evaluate_engine(config, load_task(config.task), source, split, exact=exact)
+        result: dict[str, Any] = {
+            found.metric: found.value,
+            "stderr": found.stderr,
+            "items": len(found.correct),
+        }
+    elif perplexity:
+        result = {"perplexity": pipeline.heldout_perplexity(config, source)}
     else:
         found = pipeline.evaluate_model(config, load_task(config.task), source, split)
         result = {found.metric: found.value, "stderr": found.stderr, "items": len(found.correct)}
@@ -208,7 +221,7 @@ def evaluate(
         highlight=False,
         soft_wrap=True,
     )
-    _write_json(json_path, result)
+    write_json_to(json_path, result)
 
 
 @app.command()
@@ -216,13 +229,44 @@ def inspect(
     source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
     json_path: JsonFile = None,
 ) -> None:
-    """Show what a checkpoint is: family, ternary layers, parameters, bytes, trit shares."""
-    from .train.inspection import inspect_checkpoint
+    """Show what a checkpoint or an exported model is: family, parameters, bytes per part, bits per weight."""
+    from .packed import is_packed
 
-    result = inspect_checkpoint(source)
+    if is_packed(Path(source)):
+        from .engine.facts import packed_facts
+
+        result = packed_facts(source)
+    else:
+        from .train.inspection import inspect_checkpoint
+
+        result = inspect_checkpoint(source)
     for key, value in result.items():
         console.print(f"{key:<24} {value}", highlight=False, soft_wrap=True)
-    _write_json(json_path, result)
+    write_json_to(json_path, result)
+
+
+@app.command()
+def export(
+    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Finished ternary checkpoint.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the exported model.")],
+    head: Annotated[str | None, typer.Option(help="Form of the head: bf16, int8 or f32.")] = None,
+    embedding: Annotated[str | None, typer.Option(help="Form of the embedding: bf16, int8 or f32.")] = None,
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence of the base model, if its card does not say.")
+    ] = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Pack a student into the folder that the CPU engine runs: 1.6 bits a ternary weight."""
+    from .export import export as export_model
+
+    facts = export_model(student, output, head=head, embedding=embedding, licence=licence)  # type: ignore[arg-type]
+    console.print(
+        f"{output}: {facts['bytes']:,} bytes, {facts['bits_per_weight']} bits a weight "
+        f"({facts['bytes_at_16_bit'] / facts['bytes']:.1f}x smaller than 16 bit)",
+        highlight=False,
+        soft_wrap=True,
+    )
+    write_json_to(json_path, facts)
 
 
 @app.command()
@@ -236,7 +280,10 @@ def report(
     paths = [str(path) for path in write_report(run_dir)]
     for path in paths:
         console.print(path, highlight=False, soft_wrap=True)
-    _write_json(json_path, {"html": paths[0], "markdown": paths[1]})
+    write_json_to(json_path, {"html": paths[0], "markdown": paths[1]})
+
+
+cli_engine.add_verbs(app)
 
 
 def _load(path: Path, overrides: list[str] | None, values: dict[str, Any] | None = None) -> "Recipe":
@@ -258,10 +305,10 @@ def _step(
     if not _is_first_process():
         return
     console.print(f"{finished}: done", highlight=False, soft_wrap=True)
-    _write_json(json_path, read_run(finished))
+    write_json_to(json_path, read_run(finished))
 
 
-def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
+def _run_recipe(recipe: "Recipe", json_path: Path | None, *, deploy: bool = False) -> None:
     from . import pipeline
     from .report.write import write_report
 
@@ -269,12 +316,35 @@ def _run_recipe(recipe: "Recipe", json_path: Path | None) -> None:
     if not _is_first_process():
         return
     console.print(_result_table(result))
-    _write_json(json_path, result)
+    if deploy and {"bitdistill", "fp16_sft"} <= result.keys():
+        _deploy(recipe, result)
+    write_json_to(json_path, result)
     try:
         html, _ = write_report(recipe.run_dir)
         console.print(f"report: {html}", highlight=False, soft_wrap=True)
     except BitDistillError as error:  # the run is done and recorded; a missing plot library must not fail it
         stderr.print(f"no report: {_escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def _deploy(recipe: "Recipe", result: dict[str, Any]) -> None:
+    """The student of a run in the CPU engine, beside torch and the full-precision model; recorded under ``meta``."""
+    from .checkpoint import write_json
+    from .data.tasks import load_task
+    from .deploy import engine_record
+
+    student, teacher = (recipe.run_dir / result[key]["steps"][-1] for key in ("bitdistill", "fp16_sft"))
+    record = engine_record(recipe, load_task(recipe.task), student, teacher)
+    result["meta"]["engine"] = record
+    write_json(recipe.run_dir / "result.json", result)
+    same = record["items"] - len(record["outcomes_that_differ"])
+    console.print(
+        f"in the engine ({record['isa']}, {record['threads']} threads): {same} of {record['items']} test items come "
+        f"out as in torch\n  memory     {record['bytes']:,} bytes; full precision {record['full_precision_bytes']:,}\n"
+        f"  decoding   {record['decode_tok_s']:,.0f} tokens/s; full precision in torch "
+        f"{record['full_precision_decode_tok_s']:,.0f}\n  try it     bitdistill generate {record['folder']} 'PROMPT'",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _result_table(result: dict[str, Any]) -> Table:
@@ -299,17 +369,6 @@ def _result_table(result: dict[str, Any]) -> Table:
             " + ".join(f"{seconds:.0f}" for seconds in row["time_s"].values()) + " s",
         )
     return table
-
-
-def _write_json(path: Path | None, value: Any) -> None:
-    if path is None:
-        return
-    if path.exists() and not path.is_file():  # a pipe or device cannot be renamed over
-        path.write_text(json.dumps(value) + "\n", encoding="utf-8")
-        return
-    from .checkpoint import write_json
-
-    write_json(path, value)
 
 
 def _remedy(error: BaseException) -> str | None:

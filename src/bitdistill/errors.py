@@ -27,3 +27,7 @@ class CheckpointError(BitDistillError, OSError):
 
 class TrainingError(BitDistillError, RuntimeError):
     """Training cannot go on (non-finite loss, teacher and student that do not fit together)."""
+
+
+class EngineError(BitDistillError, ValueError):
+    """The engine was asked for what it cannot do: an empty prompt, a text beyond the context, impossible sampling."""

@@ -1,0 +1,175 @@
+"""How near the engine is to torch: trits, activation codes, greedy text. One JSON report.
+
+    python benchmarks/parity.py STUDENT PROMPTS.txt --tokens 64 --output parity.json
+
+The student is exported with float tables and run in exact mode. Trits must be the same and at least 99.9 % of the
+activation codes; where a greedy text leaves torch's, torch's own two best logits are nearer than TOLERANCE at the first
+such token, or the script fails.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from bitdistill import Engine, layout
+from bitdistill.export import export, ternary_of
+from bitdistill.model.quant import quantize_int8
+from bitdistill.packed import read_header
+from bitdistill.train.loading import load_model, load_tokenizer
+
+TOLERANCE = 0.02
+"""Of the top-2 margin, in standard deviations of the logits: an activation code that falls on the other side of a tie
+moves logits by about this much."""
+LEAST_CODES = 0.999
+
+
+def differing_trits(model: nn.Module, packed: Path) -> int:
+    """Trits of the file, read with the numpy codec, that are not the torch student's."""
+    path = packed / "model.safetensors"
+    entries, different = read_header(path), 0
+    for name, module in model.named_modules():
+        ternary = ternary_of(module) if isinstance(module, nn.Linear) else None
+        if ternary is None:
+            continue
+        entry = entries[f"{name}.weight"]
+        data = np.fromfile(path, np.uint8, entry.nbytes, offset=entry.offset).reshape(entry.shape)
+        code = layout.unpack(data, *module.weight.shape, ternary.block_size)
+        different += int((code != ternary.code.numpy()).sum())
+    return different
+
+
+def torch_codes(model: nn.Module, ids: Sequence[int]) -> dict[str, np.ndarray]:
+    """Activation codes ``[T, K]`` that each ternary linear of the torch student sees."""
+    codes: dict[str, np.ndarray] = {}
+
+    def watch(name: str) -> Callable[[Any, tuple], None]:
+        def hook(module: Any, inputs: tuple) -> None:
+            x = inputs[0][0]
+            if getattr(module, "norm", None) is not None:
+                x = module.norm(x)
+            if hasattr(module, "online_quant"):  # transformers multiplies by the reciprocal
+                code = (x * (127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5))).round().clamp(-128, 127)
+            else:
+                code = quantize_int8(x)[0]
+            codes[name] = code.numpy().astype(np.int8)
+
+        return hook
+
+    handles = [
+        module.register_forward_pre_hook(watch(name))
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ternary_of(module) is not None
+    ]
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        model(torch.tensor([list(ids)]))
+    for handle in handles:
+        handle.remove()
+    return codes
+
+
+def differing_codes(model: nn.Module, engine: Engine, ids: Sequence[int]) -> tuple[int, int]:
+    """Activation codes that differ, and all of them."""
+    expected = torch_codes(model, ids)
+    _, taps = engine.session().forward_tapped(np.array(ids, np.int32))
+    different = sum(int((taps[f"{name}.code"] != code).sum()) for name, code in expected.items())
+    return different, sum(code.size for code in expected.values())
+
+
+def first_divergence(model: Any, engine: Engine, ids: list[int], tokens: int) -> dict[str, Any] | None:
+    """Where the engine's greedy text leaves torch's: the step, both tokens, torch's margin between its two best."""
+    ours = engine.generate(ids, max_new_tokens=tokens).tokens
+    text = list(ids)
+    for step in range(tokens):
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            logits = model(torch.tensor([text])).logits[0, -1]
+        top = logits.topk(2)
+        theirs = int(top.indices[0])
+        if theirs in engine.stop_tokens:
+            return None if step == len(ours) else _divergence(step, ours, theirs, logits, top)
+        if step >= len(ours) or ours[step] != theirs:
+            return _divergence(step, ours, theirs, logits, top)
+        text.append(theirs)
+    return None
+
+
+def _divergence(step: int, ours: list[int], theirs: int, logits: Any, top: Any) -> dict[str, Any]:
+    margin = float((top.values[0] - top.values[1]) / logits.std())
+    return {
+        "step": step,
+        "engine": ours[step] if step < len(ours) else None,
+        "torch": theirs,
+        "margin": margin,
+    }
+
+
+def compare(source: Path, prompts: Sequence[str], tokens: int, threads: int | None = None) -> dict[str, Any]:
+    """Everything this page promises, for one student."""
+    model, tokenizer = load_model(source).eval(), load_tokenizer(source)
+    with tempfile.TemporaryDirectory() as folder:
+        export(source, Path(folder) / "packed", head="f32")
+        engine = Engine(Path(folder) / "packed", threads=threads, exact=True)
+        trits = differing_trits(model, Path(folder) / "packed")
+        different = total = 0
+        divergences = []
+        for index, prompt in enumerate(prompts):
+            ids = list(tokenizer(prompt)["input_ids"])
+            some, all_ = differing_codes(model, engine, ids)
+            different, total = different + some, total + all_
+            found = first_divergence(model, engine, ids, tokens)
+            if found is not None:
+                divergences.append({"prompt": index} | found)
+    return {
+        "student": str(source),
+        "prompts": len(prompts),
+        "tokens": tokens,
+        "isa": engine.core.isa,
+        "differing_trits": trits,
+        "activation_codes": total,
+        "equal_codes_share": 1 - different / total,
+        "divergences": divergences,
+        "tolerance": TOLERANCE,
+    }
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """What of the promise a report breaks."""
+    found = []
+    if report["differing_trits"]:
+        found.append(f"{report['differing_trits']} trits differ")
+    if report["equal_codes_share"] < LEAST_CODES:
+        found.append(f"only {report['equal_codes_share']:.5f} of the activation codes are equal")
+    found += [f"unexplained divergence {d}" for d in report["divergences"] if d["margin"] > TOLERANCE]
+    return found
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("student", type=Path)
+    parser.add_argument("prompts", type=Path, help="one prompt a line")
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--output", type=Path)
+    options = parser.parse_args()
+    prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
+    report = compare(options.student, prompts, options.tokens, options.threads)
+    text = json.dumps(report, indent=1)
+    if options.output:
+        options.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    if found := failures(report):
+        sys.exit("; ".join(found))
+
+
+if __name__ == "__main__":
+    main()

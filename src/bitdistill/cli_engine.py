@@ -1,0 +1,176 @@
+"""The verbs that run exported models: generate, chat, bench. None of them imports torch."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .cli_output import JsonFile, console, stderr, write_json_to
+from .errors import BitDistillError, ConfigError
+
+if TYPE_CHECKING:
+    from .engine import Generation
+
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that `bitdistill export` wrote.")]
+Threads = Annotated[int | None, typer.Option(help="Worker threads; one for each CPU if not given.")]
+Exact = Annotated[bool, typer.Option("--exact", help="Keys and values of attention in fp32.")]
+Mmap = Annotated[bool, typer.Option("--mmap", help="Share the file's pages instead of copying them.")]
+NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option("--top-k", help="Only the k likeliest tokens; 0 for all.")]
+TopP = Annotated[float, typer.Option("--top-p", help="The likeliest tokens that hold this probability.")]
+Seed = Annotated[int, typer.Option(help="Of the random numbers.")]
+
+
+def add_verbs(app: typer.Typer) -> None:
+    """Register the verbs."""
+    for verb in (generate, chat, bench):
+        app.command()(verb)
+
+
+def generate(
+    model: ModelFolder,
+    prompt: Annotated[str, typer.Argument(help="Text to continue; - reads it from standard input.")],
+    chat_: Annotated[
+        bool, typer.Option("--chat", help="The prompt is a message: use the chat template.")
+    ] = False,
+    max_new_tokens: NewTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")] = None,
+    threads: Threads = None,
+    exact: Exact = False,
+    mmap: Mmap = False,
+    json_path: JsonFile = None,
+) -> None:
+    """Continue a text with an exported model, on the CPU."""
+    from .engine import Conversation, Engine
+
+    text = sys.stdin.read() if prompt == "-" else prompt
+    engine = Engine(model, threads=threads, exact=exact, mmap=mmap)
+    conversation = Conversation(engine)
+    pieces = conversation.stream(
+        [{"role": "user", "content": text}] if chat_ else text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=tuple(stop or ()),
+    )
+    for piece in pieces:
+        print(piece, end="", flush=True)
+    print()
+    assert conversation.last is not None
+    record = _record(conversation.last)
+    stderr.print(_speed(conversation.last), highlight=False, markup=False)
+    write_json_to(json_path, record | {"load_s": engine.load_s, "threads": engine.core.threads})
+
+
+def chat(
+    model: ModelFolder,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_new_tokens: NewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    threads: Threads = None,
+    exact: Exact = False,
+    mmap: Mmap = False,
+    json_path: JsonFile = None,
+) -> None:
+    """Talk to an exported model. An empty line or end of input ends the chat; --json keeps it."""
+    from .engine import Conversation, Engine
+
+    engine = Engine(model, threads=threads, exact=exact, mmap=mmap)
+    if not engine.text.has_chat_template:
+        raise ConfigError(f"{model}: this model has no chat template; use: bitdistill generate")
+    conversation = Conversation(engine)
+    messages = [{"role": "system", "content": system}] if system else []
+    turns: list[dict[str, Any]] = []
+    while question := _ask():
+        asked = [*messages, {"role": "user", "content": question}]
+        try:
+            pieces = conversation.stream(
+                asked,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+            )
+            for piece in pieces:
+                print(piece, end="", flush=True)
+        except BitDistillError as error:  # one turn that does not fit does not end the chat
+            if not turns:
+                raise
+            stderr.print(f"error: {error}", highlight=False, markup=False, soft_wrap=True)
+            continue
+        print()
+        answer = conversation.last
+        assert answer is not None
+        messages = [*asked, {"role": "assistant", "content": answer.text}]
+        turns.append({"prompt": question} | _record(answer))
+    write_json_to(json_path, {"messages": messages, "turns": turns})
+
+
+def _ask() -> str:
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _record(answer: "Generation") -> dict[str, Any]:
+    return {
+        "text": answer.text,
+        "tokens": answer.tokens,
+        "finish_reason": answer.finish_reason,
+        "prompt_tokens": answer.prompt_tokens,
+        "prefill_s": answer.prefill_s,
+        "decode_s": answer.decode_s,
+        "decode_tok_s": answer.decode_tok_s,
+    }
+
+
+def _speed(answer: "Generation") -> str:
+    return (
+        f"{answer.prompt_tokens} tokens read in {answer.prefill_s:.2f} s, {len(answer.tokens)} written at "
+        f"{answer.decode_tok_s:.1f} tokens/s ({answer.finish_reason})"
+    )
+
+
+def bench(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="[MODEL]", help="Exported model; or give --shape.")
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="Random weights of a known model's shape.")] = None,
+    threads: Annotated[
+        list[int] | None, typer.Option(help="Thread counts to measure; 1 to all CPUs if not given.")
+    ] = None,
+    head: Annotated[
+        str, typer.Option(help="With --shape: form of embedding and head, bf16 or int8.")
+    ] = "int8",
+    versus: Annotated[
+        str | None, typer.Option(help="llama.cpp: the same shape in turns with a peer.")
+    ] = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Measure prefill and decode beside the machine's roofline of the same moment."""
+    from .engine.bench import run_bench
+
+    records = run_bench(model, shape, threads or [], head=head, versus=versus)
+    for r in records:
+        v = r["versus"]
+        peer = f"  {v['ratio']:.2f}x {v['name']} {v['format']}" if v else ""
+        console.print(
+            f"{r['shape']}  {r['threads']} threads  {r['phase']} {r['tokens']}: {r['tok_s']:.1f} tokens/s, "
+            f"{100 * r['roofline_share']:.0f} % of the roofline{peer}",
+            highlight=False,
+            soft_wrap=True,
+        )
+    write_json_to(json_path, records)

@@ -1,0 +1,342 @@
+"""``Engine``: a packed model on this CPU. Load, generate, stream, score."""
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from .. import _core
+from ..errors import EngineError
+from .facts import packed_facts
+from .loading import PackedModel
+from .text import Message, TextCodec
+
+FinishReason = Literal["stop", "length", "context"]
+Prompt = str | Sequence[int] | Sequence[Message]
+
+DEFAULT_NEW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What a model wrote, and how long it took."""
+
+    text: str
+    tokens: list[int]
+    """Ids of the text; the token that ended it is not among them."""
+    finish_reason: FinishReason
+    """``stop``: an end-of-text token or a stop text; ``length``: max_new_tokens; ``context``: the context is full."""
+    prompt_tokens: int
+    prefill_s: float
+    """From the call to the first token's logits."""
+    decode_s: float
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def decode_tok_s(self) -> float:
+        return len(self.tokens) / self.decode_s if self.decode_s > 0 else 0.0
+
+
+class Engine:
+    """A packed model in memory and the threads that run it.
+
+    One engine serves many Python threads (its calls run one at a time, with the GIL released), and many engines live
+    in one process. Nothing here imports torch.
+    """
+
+    def __init__(
+        self, path: str | Path, threads: int | None = None, exact: bool = False, mmap: bool = False
+    ) -> None:
+        """Load an exported model.
+
+        Args:
+            path: folder that ``bitdistill export`` wrote.
+            threads: worker threads; None for one on each CPU that this process may use.
+            exact: keys and values of attention in fp32 instead of fp16; with a head in bf16 or f32, results then
+                differ from torch's by rounding alone.
+            mmap: share the file's pages among processes instead of copying; the file must not change meanwhile.
+
+        Raises:
+            CheckpointError: missing, damaged, or not for this version.
+            EngineError: an impossible number of threads.
+        """
+        if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
+            raise EngineError(f"threads = {threads!r}: use 1 to 1024, or None for every CPU")
+        started = time.perf_counter()
+        packed = PackedModel.open(path)
+        self.path = Path(path)
+        self.exact = exact
+        self.text = TextCodec(self.path)
+        self.stop_tokens = packed.stop_tokens()
+        self.core = packed.load(threads=threads or 0, mmap=mmap)
+        self.load_s = time.perf_counter() - started
+        self.vocab_size = int(packed.config["vocab_size"])
+        self.max_context = int(packed.config["max_position_embeddings"])
+
+    @property
+    def info(self) -> dict[str, Any]:
+        """What is loaded, where it runs, what it takes."""
+        return packed_facts(self.path) | {
+            "path": str(self.path),
+            "isa": self.core.isa,
+            "threads": self.core.threads,
+            "exact": self.exact,
+            "max_context": self.max_context,
+            "memory": self.core.memory() | _core.memory_usage(),
+            "decode_bytes": self.core.decode_bytes(),
+            "load_s": self.load_s,
+        }
+
+    # --- text ---
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """Continue a prompt; options as in ``stream``.
+
+        Raises:
+            EngineError: an empty prompt, more than fits the context, impossible sampling values.
+        """
+        return Conversation(self).generate(prompt, **options)
+
+    def stream(self, prompt: Prompt, **options: Any) -> Iterator[str]:
+        """The text of ``generate`` piece by piece.
+
+        Args:
+            prompt: text, token ids, or messages ``[{"role": ..., "content": ...}]`` for the model's chat template.
+            max_new_tokens: most tokens to write.
+            temperature: 0 is greedy.
+            top_k: only the k likeliest tokens (0: all); cuts before top_p.
+            top_p: the fewest likeliest tokens that hold this share of the probability.
+            seed: of the random numbers; the same seed gives the same text.
+            stop: texts that end the answer; they are not part of it.
+
+        Raises: as ``generate``, at the call.
+        """
+        return Conversation(self).stream(prompt, **options)
+
+    def tokens_of(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt of any kind.
+
+        Raises:
+            EngineError: it has no tokens, or is of no known kind.
+        """
+        if isinstance(prompt, str):
+            ids = self.text.encode(prompt)
+        elif isinstance(prompt, np.ndarray) or all(isinstance(p, int | np.integer) for p in prompt):
+            ids = [int(p) for p in prompt]  # type: ignore[arg-type]
+        else:
+            ids = self.text.chat(prompt)  # type: ignore[arg-type]
+        if not ids:
+            raise EngineError("the prompt is empty: a model needs at least one token to go on")
+        return self.checked(ids)
+
+    # --- numbers ---
+
+    def logits(self, tokens: ArrayLike) -> NDArray[np.float32]:
+        """Logits ``[T, V]`` after each of ``tokens``."""
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or not ids.size or not np.issubdtype(ids.dtype, np.integer):
+            raise EngineError(
+                f"tokens of shape {list(ids.shape)} and type {ids.dtype}: expected a list of ids"
+            )
+        self.checked(ids)
+        return self.session().forward(ids.astype(np.int32), all_positions=True)
+
+    def score(self, prompt: Prompt, continuations: Sequence[str | Sequence[int]]) -> list[float]:
+        """``log p(continuation | prompt)`` of each continuation: the sum over its tokens, with no length normalisation.
+
+        A continuation is tokenised apart from the prompt, so its tokens are the same whatever precedes them.
+        """
+        context = self.tokens_of(prompt)
+        rows = [self.text.encode(c, special=False) if isinstance(c, str) else list(c) for c in continuations]
+        return [float(s) for s in self.log_likelihoods(context, rows)]
+
+    def classify(self, prompt: Prompt, labels: Sequence[str]) -> str:
+        """The label with the highest score after the prompt; the first one on a tie."""
+        if not labels:
+            raise EngineError("no labels to choose from")
+        scores = self.score(prompt, labels)
+        return labels[scores.index(max(scores))]
+
+    def log_likelihoods(self, context: list[int], continuations: Sequence[list[int]]) -> list[float]:
+        """``score`` on ids; the context is read once."""
+        for ids in continuations:
+            if not ids:
+                raise EngineError("an empty continuation has no probability; give it at least one token")
+            self.checked([*context, *ids[:-1]])
+            self.checked(ids)
+        session = self.session()
+        after = session.forward(np.array(context, np.int32)).astype(np.float64)
+        finite = after[np.isfinite(after)]
+        total = finite.max() + math.log(np.exp(finite - finite.max()).sum())
+        scores = []
+        for ids in continuations:
+            score = float(after[ids[0]] - total)
+            if len(ids) > 1:
+                session.truncate(len(context))
+                score += float(session.score(np.array(ids, np.int32), 1).astype(np.float64).sum())
+            scores.append(score)
+        return scores
+
+    def session(self) -> _core.Session:
+        """A fresh sequence of the core."""
+        return _core.Session(self.core, exact=self.exact)
+
+    def checked(self, ids: Any) -> Any:
+        """``ids``, if the model can read them.
+
+        Raises:
+            EngineError: one is outside the vocabulary, or they exceed the context.
+        """
+        if len(ids) > self.max_context:
+            raise EngineError(
+                f"{len(ids)} tokens exceed the model's context of {self.max_context}; shorten the prompt"
+            )
+        low, high = min(ids, default=0), max(ids, default=0)
+        if low < 0 or high >= self.vocab_size:
+            raise EngineError(
+                f"token {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}; "
+                "was the text tokenised for another model?"
+            )
+        return ids
+
+
+class Conversation:
+    """A text that goes on: what two prompts share at their beginning is read once."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.session = engine.session()
+        self.held: list[int] = []
+        """Tokens in the session's cache."""
+        self.last: Generation | None = None
+        """The latest answer, complete or broken off."""
+
+    def generate(self, prompt: Prompt, **options: Any) -> Generation:
+        """See ``Engine.generate``."""
+        for _ in self.stream(prompt, **options):
+            pass
+        assert self.last is not None
+        return self.last
+
+    def stream(
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = DEFAULT_NEW_TOKENS,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[str]:
+        """See ``Engine.stream``."""
+        if type(max_new_tokens) is not int or not 1 <= max_new_tokens < 2**31:
+            raise EngineError(f"max_new_tokens = {max_new_tokens!r}: use a positive whole number")
+        sampler = _sampler(temperature, top_k, top_p, seed)
+        stops = (stop,) if isinstance(stop, str) else tuple(stop)
+        if not all(isinstance(s, str) and s for s in stops):
+            raise EngineError("stop: a stop text must not be empty")
+        started = time.perf_counter()
+        ids = self.engine.tokens_of(prompt)
+        if len(ids) >= self.engine.max_context:
+            raise EngineError(
+                f"a prompt of {len(ids)} tokens leaves no room in the context of {self.engine.max_context}; shorten it"
+            )
+        self._read(ids)
+        return self._write(_Answer(len(ids), started, time.perf_counter()), sampler, max_new_tokens, stops)
+
+    def _read(self, ids: list[int]) -> None:
+        shared = 0
+        for ours, theirs in zip(self.held, ids[:-1], strict=False):  # at least one token is left to read
+            if ours != theirs:
+                break
+            shared += 1
+        self.session.truncate(shared)
+        self.held = self.held[:shared]
+        self.session.forward(np.array(ids[shared:], np.int32))
+        self.held = list(ids)
+
+    def _write(
+        self, answer: "_Answer", sampler: _core.Sampler, max_new_tokens: int, stops: tuple[str, ...]
+    ) -> Iterator[str]:
+        tokens: list[int] = []
+
+        def arriving() -> Iterator[int]:
+            while len(tokens) < max_new_tokens:
+                found, reason = self.session.decode(sampler, 1, self.engine.stop_tokens)
+                tokens.extend(found)
+                self.held.extend(found)
+                yield from found
+                if reason != "length":
+                    answer.reason = reason
+                    return
+
+        try:
+            for piece in _until_stop(self.engine.text.stream(arriving()), stops, answer):
+                answer.text += piece
+                yield piece
+        finally:
+            self.last = answer.finished(tokens)
+
+
+@dataclass
+class _Answer:
+    """An answer in the making."""
+
+    prompt_tokens: int
+    started: float
+    prefilled: float
+    text: str = ""
+    reason: FinishReason = "length"
+
+    def finished(self, tokens: list[int]) -> Generation:
+        return Generation(
+            text=self.text,
+            tokens=tokens,
+            finish_reason=self.reason,
+            prompt_tokens=self.prompt_tokens,
+            prefill_s=self.prefilled - self.started,
+            decode_s=time.perf_counter() - self.prefilled,
+        )
+
+
+def _until_stop(pieces: Iterator[str], stops: tuple[str, ...], answer: _Answer) -> Iterator[str]:
+    """``pieces`` up to the first stop text; what may be the beginning of one is held back until that is known."""
+    pending = ""
+    for piece in pieces:
+        pending += piece
+        found = [at for at in (pending.find(stop) for stop in stops) if at >= 0]
+        if found:
+            answer.reason = "stop"
+            pending = pending[: min(found)]
+            break
+        kept = max((_overlap(pending, stop) for stop in stops), default=0)
+        ready, pending = pending[: len(pending) - kept], pending[len(pending) - kept :]
+        if ready:
+            yield ready
+    if pending:
+        yield pending
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that begins ``stop``."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def _sampler(temperature: float, top_k: int, top_p: float, seed: int) -> _core.Sampler:
+    try:
+        return _core.Sampler(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    except ValueError as error:
+        raise EngineError(str(error)) from error
+    except TypeError as error:
+        raise EngineError(
+            f"temperature = {temperature!r}, top_k = {top_k!r}, top_p = {top_p!r}, seed = {seed!r}: expected a number, "
+            "a whole number, a number, and a whole number from 0 to 2^64 - 1"
+        ) from error

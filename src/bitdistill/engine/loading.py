@@ -1,0 +1,151 @@
+"""Packed folder -> the core's model: config and header are checked here, contents by the core."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from .. import _core
+from ..errors import CheckpointError
+from ..packed import WEIGHTS_FILE, Entry, read_header, read_json_object, read_packed_config
+from .rope import rope_frequencies
+
+FAMILIES = ("bit_llama", "bit_qwen3", "bitnet")
+"""``model_type`` of the decoders that the core runs."""
+
+_SUB_NORMS = {
+    "self_attn.attn_sub_norm": "self_attn.o_proj.norm",
+    "mlp.ffn_sub_norm": "mlp.down_proj.norm",
+}
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """An exported model's settings and tensors; no weight has been read yet."""
+
+    folder: Path
+    config: dict[str, Any]
+    entries: dict[str, Entry]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> "PackedModel":
+        """Read ``config.json`` and the header.
+
+        Raises:
+            CheckpointError: missing, damaged, or of a family or version that this package does not read.
+        """
+        path = Path(folder)
+        if not path.is_dir():
+            raise CheckpointError(f"{folder}: no such folder; name an exported model (bitdistill export)")
+        config = read_packed_config(path)
+        if config.get("model_type") not in FAMILIES:
+            raise CheckpointError(
+                f"{folder}: model_type {config.get('model_type')!r} is not one of {', '.join(FAMILIES)}, the families "
+                "that the engine runs; update bitdistill or export another model"
+            )
+        return cls(path, config, read_header(path / WEIGHTS_FILE))
+
+    def core_config(self) -> _core.Config:
+        """The decoder's settings.
+
+        Raises:
+            CheckpointError: a setting is missing, impossible, or one that the engine does not run.
+        """
+        try:
+            return decoder_config(self.config)
+        except (ValueError, TypeError, OverflowError) as error:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'}: {error}; fetch or export the model again"
+            ) from error
+
+    def core_tensors(self) -> list[_core.Tensor]:
+        """Where the core finds each tensor, under the core's names."""
+        return [
+            _core.Tensor(core_name(name), e.dtype, e.shape, e.offset, e.nbytes, e.checksum)
+            for name, e in self.entries.items()
+        ]
+
+    def load(self, *, threads: int = 0, mmap: bool = False) -> _core.Model:
+        """Weights into memory.
+
+        Raises:
+            CheckpointError: the contents do not fit the settings, or are damaged.
+        """
+        config = self.core_config()
+        path = self.folder / WEIGHTS_FILE
+        try:
+            return _core.Model(str(path), self.core_tensors(), config, threads=threads, mmap=mmap)
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}; fetch or export the model again") from error
+
+    def stop_tokens(self) -> tuple[int, ...]:
+        """Ids that end a text: generation_config.json's, or else config.json's."""
+        path = self.folder / "generation_config.json"
+        generation = read_json_object(path) if path.is_file() else {}
+        found = generation.get("eos_token_id", self.config.get("eos_token_id"))
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if not all(type(i) is int and i >= 0 for i in ids):
+            raise CheckpointError(f"{path}: eos_token_id {found!r} is not an id or a list of ids")
+        return tuple(ids)
+
+
+def core_name(name: str) -> str:
+    """BitNet's sub-norms are the norms of the linears they precede."""
+    parent, _, leaf = name.rpartition(".")
+    for theirs, ours in _SUB_NORMS.items():
+        if parent.endswith(theirs):
+            return f"{parent.removesuffix(theirs)}{ours}.{leaf}"
+    return name
+
+
+def decoder_config(config: dict[str, Any]) -> _core.Config:
+    """The core's settings from a packed ``config.json``.
+
+    Raises:
+        ValueError, TypeError, OverflowError: with what is wrong.
+    """
+    packed = config["packed"]
+    for key, value in (("activation_bits", 8),):
+        if packed.get(key) != value:
+            raise ValueError(f"packed.{key} = {packed.get(key)!r}: the engine runs {value}")
+    if packed.get("granularity") not in ("tensor", "channel", "block"):
+        raise ValueError(
+            f"packed.granularity = {packed.get('granularity')!r} is not one of tensor, channel, block"
+        )
+    if (packed["granularity"] == "block") != (packed.get("block_size") is not None):
+        raise ValueError(
+            f"packed.block_size = {packed.get('block_size')!r} does not go with granularity {packed['granularity']!r}"
+        )
+    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
+        raise ValueError("sliding-window attention (use_sliding_window) is not what the engine runs")
+    sizes = {key: _size(config, key) for key in _SIZES}
+    head_dim = config.get("head_dim") or sizes["hidden_size"] // max(1, sizes["num_attention_heads"])
+    if type(head_dim) is not int or not 0 < head_dim <= 1 << 16:
+        raise ValueError(f"head_dim = {head_dim!r}: expected a positive size")
+    inv_freq, rope_scale = rope_frequencies(config, head_dim)
+    return _core.Config(
+        **sizes,
+        head_dim=head_dim,
+        max_context=_size(config, "max_position_embeddings"),
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        hidden_act=config.get("hidden_act", "silu"),
+        inv_freq=inv_freq,
+        rope_scale=rope_scale,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+        block_size=packed.get("block_size"),
+        activation_rounding=packed.get("activation_rounding", "divide"),
+    )
+
+
+def _size(config: dict[str, Any], key: str) -> int:
+    value = config.get(key)
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{key} = {value!r}: expected a positive whole number")
+    return value

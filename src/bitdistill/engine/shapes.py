@@ -1,0 +1,119 @@
+"""Shapes of known models, as the core takes them: random weights of these measure what the real ones would."""
+
+import math
+from typing import Any
+
+from .. import _core
+from ..errors import ConfigError
+from ..layout import LAYOUT, packed_shape
+from ..packed import ELEMENT_BYTES
+from .loading import decoder_config
+
+_QWEN3 = {
+    "model_type": "bit_qwen3",
+    "vocab_size": 151936,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "rope_theta": 1e6,
+    "tie_word_embeddings": True,
+}
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "bitnet-2b4t": {
+        "model_type": "bitnet",
+        "vocab_size": 128256,
+        "hidden_size": 2560,
+        "intermediate_size": 6912,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 5,
+        "head_dim": 128,
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "relu2",
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
+    "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
+    "qwen3-4b": _QWEN3
+    | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+}
+"""``config.json`` keys of the published models that the presets are named after."""
+
+_PACKED = {
+    "layout": LAYOUT,
+    "granularity": "tensor",
+    "block_size": None,
+    "activation_bits": 8,
+    "activation_rounding": "divide",
+}
+
+
+def find_shape(name: str) -> dict[str, Any]:
+    """The settings of a preset.
+
+    Raises:
+        ConfigError: there is none of that name.
+    """
+    if name not in SHAPES:
+        raise ConfigError(f"--shape {name}: use one of {', '.join(SHAPES)}")
+    return SHAPES[name]
+
+
+def linears(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the ternary linears of one layer, by path inside the layer."""
+    hidden, inner, head_dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
+    query, key = shape["num_attention_heads"] * head_dim, shape["num_key_value_heads"] * head_dim
+    return {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key, hidden),
+        "self_attn.v_proj": (key, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
+def ternary_weights(shape: dict[str, Any]) -> int:
+    """Ternary weights of the whole model: multiply-adds of a token outside attention and head."""
+    return int(shape["num_hidden_layers"]) * sum(rows * columns for rows, columns in linears(shape).values())
+
+
+def random_model(shape: dict[str, Any], head: str, *, threads: int = 0, seed: int = 0) -> _core.Model:
+    """A model of this shape with random weights, made in place; ``head`` is bf16 or int8.
+
+    Raises:
+        ConfigError: another form of the head.
+    """
+    if head not in ("bf16", "int8"):
+        raise ConfigError(f"--head {head}: use bf16 or int8")
+    tensors: list[_core.Tensor] = []
+
+    def add(name: str, dtype: str, *size: int) -> None:
+        tensors.append(_core.Tensor(name, dtype, size, 0, math.prod(size) * ELEMENT_BYTES[dtype]))
+
+    hidden, head_dim, vocabulary = shape["hidden_size"], shape["head_dim"], shape["vocab_size"]
+    add("model.embed_tokens.weight", "I8" if head == "int8" else "BF16", vocabulary, hidden)
+    if head == "int8":
+        add("model.embed_tokens.weight_scale", "F32", vocabulary, 1)
+    for layer in range(shape["num_hidden_layers"]):
+        prefix = f"model.layers.{layer}"
+        for path, (rows, columns) in linears(shape).items():
+            add(f"{prefix}.{path}.weight", "U8", *packed_shape(rows, columns))
+            add(f"{prefix}.{path}.weight_scale", "F32", 1, 1)
+            if path in ("self_attn.o_proj", "mlp.down_proj"):
+                add(f"{prefix}.{path}.norm.weight", "F32", columns)
+        add(f"{prefix}.input_layernorm.weight", "F32", hidden)
+        add(f"{prefix}.post_attention_layernorm.weight", "F32", hidden)
+        if shape["model_type"] == "bit_qwen3":
+            add(f"{prefix}.self_attn.q_norm.weight", "F32", head_dim)
+            add(f"{prefix}.self_attn.k_norm.weight", "F32", head_dim)
+    add("model.norm.weight", "F32", hidden)
+    config = decoder_config(shape | {"packed": _PACKED})
+    return _core.Model(None, tensors, config, threads=threads, seed=seed)

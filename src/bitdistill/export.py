@@ -1,0 +1,293 @@
+"""Checkpoint -> packed model: the folder of docs/format.md, whole or not at all."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from .checkpoint import RUN_FILE, read_run, write_json, write_text
+from .errors import CheckpointError, ConfigError
+from .layout import FORMAT_VERSION, LAYOUT, pack, packed_shape
+from .model import FAMILIES, BitLinear
+from .model.quant import ternarize
+from .model_card import model_card
+from .packed import (
+    CONFIG_FILE,
+    DIGESTS_FILE,
+    WEIGHTS_FILE,
+    PackedTensor,
+    is_packed,
+    write_tensors,
+)
+from .train.loading import load_model, load_tokenizer
+
+Form = Literal["bf16", "int8", "f32"]
+FORMS: tuple[Form, ...] = ("bf16", "int8", "f32")
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Ternary:
+    """Codes ``[N, K]`` and scale of one linear, and how many input features share a scale (None: all)."""
+
+    code: Tensor
+    scale: Tensor
+    block_size: int | None
+
+
+def export(
+    source: str | Path,
+    output: Path,
+    *,
+    head: Form | None = None,
+    embedding: Form | None = None,
+    licence: str | None = None,
+) -> dict[str, Any]:
+    """Write the packed model of a ternary student (or of a Hugging Face BitNet) and return its facts.
+
+    ``head`` and ``embedding``: bf16 unless asked otherwise; a tied model has one table, so they cannot differ there.
+    ``licence`` of the base model, where the checkpoint does not say.
+
+    Raises:
+        CheckpointError: the source is no finished ternary model, or ``output`` holds something else.
+        ConfigError: an unknown form, or two forms for one table.
+    """
+    from .engine.facts import packed_facts
+
+    output = Path(output)
+    _check_output(output)
+    _check_finished(source)
+    for option, form in (("--head", head), ("--embedding", embedding)):
+        if form is not None and form not in FORMS:
+            raise ConfigError(f"{option} {form}: use one of {', '.join(FORMS)}")
+    model = load_model(source).eval()
+    _check_ternary(source, model)
+    tied = bool(model.config.tie_word_embeddings)
+    if tied and head and embedding and head != embedding:
+        raise ConfigError(
+            f"--head {head} --embedding {embedding}: this model's head is its embedding (tied); give one form"
+        )
+    embedding_form: Form = embedding or (head if tied and head else "bf16")
+    head_form: Form = embedding_form if tied else head or "bf16"
+    tokenizer = load_tokenizer(source)
+    with _appearing_at(output) as folder:
+        write_tensors(folder / WEIGHTS_FILE, packed_tensors(model, head_form, embedding_form))
+        tokenizer.save_pretrained(folder)
+        if not (folder / "tokenizer.json").is_file():
+            raise CheckpointError(
+                f"{source}: its tokenizer has no tokenizer.json (the tokenizers library's form), which the engine "
+                "needs; convert the tokenizer with transformers' PreTrainedTokenizerFast"
+            )
+        model.generation_config.save_pretrained(folder)
+        write_json(folder / CONFIG_FILE, _config(model))
+        write_text(folder / "README.md", model_card(source, model.config.model_type, licence))
+        write_json(folder / DIGESTS_FILE, _digests(folder))
+    return packed_facts(output)
+
+
+# --- checks before any work ---
+
+
+def _check_output(output: Path) -> None:
+    """An earlier export may be replaced; anything else may not."""
+    if not output.exists() or is_packed(output):
+        return
+    if output.is_dir() and not any(output.iterdir()):
+        return
+    raise CheckpointError(
+        f"{output} is there already and is not an exported model. Nothing was changed. Use another name"
+    )
+
+
+def _check_finished(source: str | Path) -> None:
+    folder = Path(source)
+    if is_packed(folder):
+        raise CheckpointError(f"{source} is an exported model already; export the student it came from")
+    unfinished = folder.name.endswith(".partial") or (
+        (folder / RUN_FILE).is_file() and read_run(folder).get("status") != "done"
+    )
+    if unfinished:
+        raise CheckpointError(
+            f"{source} is a step that has not finished; run its command again, then export the finished folder"
+        )
+
+
+def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
+    """Raise unless the engine can run this model."""
+    known = [family.student_type for family in FAMILIES] + ["bitnet"]
+    if model.config.model_type not in known or not any(
+        ternary_of(m) is not None for m in model.modules() if isinstance(m, nn.Linear)
+    ):
+        raise CheckpointError(
+            f"{source} is not a ternary model (model_type {model.config.model_type!r}); export takes "
+            f"{', '.join(known)}. Make a student of it first: bitdistill refine"
+        )
+    bits = {m.spec.activation_bits for m in model.modules() if isinstance(m, BitLinear)} or {8}
+    if bits != {8}:
+        raise CheckpointError(
+            f"{source}: activations of {bits.pop()} bits (ternary.activation_bits) have no kernel in the engine; "
+            "train the student with activation_bits = 8"
+        )
+    for name, module in model.named_modules():
+        if getattr(module, "rms_norm", None) is not None:
+            raise CheckpointError(
+                f"{source}: {name} has an rms_norm of its own (quantization_config.use_rms_norm), which the packed "
+                "format has no place for"
+            )
+
+
+# --- tensors ---
+
+
+@torch.no_grad()
+def ternary_of(module: nn.Linear) -> Ternary | None:
+    """Codes and scale of a ternary linear as its forward pass computes them; None for a plain linear."""
+    weight = module.weight.detach()
+    if isinstance(module, BitLinear):
+        spec = module.spec
+        block = spec.block_size if spec.granularity == "block" else None
+        return Ternary(*ternarize(weight, spec.granularity, spec.block_size), block)
+    if type(module).__name__ != "AutoBitLinear":
+        return None
+    if not module.online_quant:  # trits already, times a scale
+        return Ternary(weight.float(), module.weight_scale.float().reshape(1, 1), None)
+    # transformers multiplies by the rounded reciprocal: ties fall as they do there.
+    factor = 1.0 / weight.float().abs().mean().clamp(min=1e-5)
+    return Ternary((weight.float() * factor).round().clamp(-1, 1), (1.0 / factor).reshape(1, 1), None)
+
+
+def packed_tensors(model: PreTrainedModel, head: Form, embedding: Form) -> list[PackedTensor]:
+    """Every tensor of the packed model, made when it is written."""
+    tensors: list[PackedTensor] = []
+    done: set[str] = set()
+    float_form: Form = "f32" if head == "f32" else "bf16"
+    for name, module in model.named_modules():
+        if not isinstance(module, nn.Linear) or name == "lm_head":
+            continue
+        done |= {f"{name}.weight", f"{name}.weight_scale"}
+        tensors += _linear(f"{name}.weight", module, float_form)
+    for name, parameter in model.named_parameters():  # a tied head comes once, as the embedding
+        if name in done:
+            continue
+        if name in (EMBEDDING, HEAD):
+            tensors += _table(name, parameter.detach(), head if name == HEAD else embedding)
+        else:
+            tensors.append(_plain(name, parameter.detach(), "F32"))
+    return tensors
+
+
+def _linear(name: str, module: nn.Linear, form: Form) -> list[PackedTensor]:
+    ternary = ternary_of(module)
+    if ternary is None:
+        return _table(name, module.weight.detach(), form)
+    rows, columns = module.weight.shape
+    block, scale_shape = ternary.block_size, tuple(ternary.scale.shape)
+
+    def again() -> Ternary:
+        # Made twice rather than kept: all codes of a model at once are bigger than the model.
+        found = ternary_of(module)
+        assert found is not None
+        return found
+
+    return [
+        PackedTensor(
+            name,
+            "U8",
+            packed_shape(rows, columns, block),
+            lambda: pack(again().code.cpu().numpy().astype(np.int8), block),
+        ),
+        PackedTensor(f"{name}_scale", "F32", scale_shape, lambda: again().scale.cpu().numpy()),
+    ]
+
+
+def _table(name: str, weight: Tensor, form: Form) -> list[PackedTensor]:
+    """An embedding, a head or a linear that stayed full precision."""
+    if form != "int8":
+        return [_plain(name, weight, "BF16" if form == "bf16" else "F32")]
+    rows = weight.shape[0]
+    return [
+        PackedTensor(name, "I8", tuple(weight.shape), lambda: int8_rows(weight)[0]),
+        PackedTensor(f"{name}_scale", "F32", (rows, 1), lambda: int8_rows(weight)[1]),
+    ]
+
+
+def int8_rows(weight: Tensor) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Absmax INT8 codes per row, and their scales ``[V, 1]``; a row of zeros gets scale 1."""
+    peak = weight.float().abs().amax(dim=1, keepdim=True)
+    scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
+    code = (weight.float() / scale).round().clamp(-127, 127)
+    return code.to(torch.int8).cpu().numpy(), scale.cpu().numpy()
+
+
+def _plain(name: str, value: Tensor, dtype: str) -> PackedTensor:
+    def load() -> NDArray[Any]:
+        if dtype == "BF16":
+            return np.asarray(value.to(torch.bfloat16).view(torch.uint16).cpu().numpy())
+        return np.asarray(value.float().cpu().numpy())
+
+    return PackedTensor(name, dtype, tuple(value.shape), load)
+
+
+# --- the other files ---
+
+
+def _config(model: PreTrainedModel) -> dict[str, Any]:
+    """The student's config, without the keys that would make transformers read the packed bytes as weights."""
+    config = model.config.to_dict()
+    for key in ("auto_map", "quantization_config", "dtype", "torch_dtype"):
+        config.pop(key, None)
+    specs = [m.spec for m in model.modules() if isinstance(m, BitLinear)]
+    granularity = specs[0].granularity if specs else "tensor"
+    config["model_type"] = model.config.model_type
+    config["packed"] = {
+        "format_version": FORMAT_VERSION,
+        "layout": LAYOUT,
+        "granularity": granularity,
+        "block_size": specs[0].block_size if granularity == "block" else None,
+        "activation_bits": 8,
+        "activation_rounding": "divide" if specs else "multiply",
+    }
+    return config
+
+
+def _digests(folder: Path) -> dict[str, Any]:
+    files = {}
+    for path in sorted(folder.iterdir()):
+        state = hashlib.sha256()
+        with path.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                state.update(chunk)
+        files[path.name] = state.hexdigest()
+    return {"algorithm": "sha256", "files": files}
+
+
+@contextmanager
+def _appearing_at(output: Path) -> Iterator[Path]:
+    """A temporary folder beside ``output`` that takes its name when the block succeeds, and vanishes when it fails."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        yield temporary
+        _check_output(output)  # it may have appeared meanwhile
+        if is_packed(output):
+            old = output.with_name(f".{output.name}.{os.getpid()}.old")
+            os.rename(output, old)
+            os.rename(temporary, output)
+            shutil.rmtree(old)
+        else:
+            os.rename(temporary, output)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise

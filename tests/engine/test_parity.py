@@ -1,0 +1,54 @@
+"""benchmarks/parity.py on small students of every family, and that it notices what it is there to notice."""
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from bitdistill.train.loading import load_model
+
+ROOT = Path(__file__).parents[2]
+PROMPTS = ["the soup was", "the room seemed very", "the host"]
+
+
+@pytest.fixture(scope="module")
+def parity() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("parity", ROOT / "benchmarks" / "parity.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    ("family", "ternary"),
+    [("llama", {}), ("qwen3", {"norm_sites": "all"}), ("qwen3", {"granularity": "block", "block_size": 16})],
+)
+def test_small_students_are_at_parity(
+    parity: ModuleType, save_student: Callable[..., Path], family: str, ternary: dict, tmp_path: Path
+) -> None:
+    report = parity.compare(save_student(tmp_path / "student", family, ternary), PROMPTS, 16, threads=1)
+    assert parity.failures(report) == []
+    assert report["differing_trits"] == 0
+    assert report["activation_codes"] > 1000
+
+
+def test_other_weights_are_noticed(
+    parity: ModuleType, save_student: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = save_student(tmp_path / "student", "llama", {})
+
+    def another(folder: Path) -> torch.nn.Module:
+        model = load_model(folder)
+        with torch.no_grad():
+            weight = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+            weight.copy_(weight.flip(0))
+        return model
+
+    monkeypatch.setattr(parity, "load_model", another)
+    found = parity.failures(parity.compare(source, PROMPTS[:1], 16, threads=1))
+    assert any("trits differ" in text for text in found)
+    assert any("activation codes" in text for text in found)
