@@ -4,7 +4,6 @@ Modules that need torch are imported inside the commands, so that ``--help`` ans
 """
 
 import errno
-import json
 import logging
 import os
 import sys

@@ -9,7 +9,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,7 +69,7 @@ def write_tensors(path: Path, tensors: Sequence[PackedTensor]) -> None:
         for tensor in ordered:
             values = np.ascontiguousarray(tensor.load(), dtype=_NUMPY_TYPES[tensor.dtype])
             assert values.shape == tensor.shape, tensor.name
-            data = memoryview(values.reshape(-1).view(np.uint8))
+            data = values.reshape(-1).view(np.uint8).data
             checksums[tensor.name] = f"{checksum(data):0{_CHECKSUM_DIGITS}x}"
             stream.write(data)
         stream.seek(0)
@@ -174,7 +174,7 @@ def _entry(name: str, value: Any, data_start: int, stored: Any) -> Entry:
     return Entry(dtype, tuple(shape), data_start + offsets[0], nbytes, sum_)
 
 
-def _are_counts(values: Any) -> bool:
+def _are_counts(values: Any) -> TypeGuard[list[int]]:
     return isinstance(values, list) and all(type(v) is int and 0 <= v < 2**62 for v in values)
 
 
