@@ -366,7 +366,7 @@ def test_demo_takes_overrides_and_makes_its_own_base(cli, project, tmp_path):
     result = json.loads((tmp_path / "demo.json").read_text())
     assert result["meta"]["recipe"]["seed"] == 3
     assert result["meta"]["eval_items"] == 18
-    records = [json.loads(path.read_text()) for path in (tmp_path / "Ann's runs" / "tiny").glob("*/run.json")]
+    records = [json.loads(path.read_text()) for path in (tmp_path / "Ann's runs" / "tiny").rglob("run.json")]
     assert {record["settings"]["stage"] for record in records} == {"base", "stage2_pretrain", "sft"}
     seconds = [record["metrics"].get("train_time_s", record["time_s"]) for record in records]
     assert result["meta"]["total_time_s"] == pytest.approx(sum(seconds), abs=0.06)

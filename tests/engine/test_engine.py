@@ -338,7 +338,7 @@ def test_rope_frequencies_are_transformers(make_model: Callable[..., Any], rope:
     else:
         expected, scale = ROPE_INIT_FUNCTIONS[rope["rope_type"]](reference.config, "cpu")
     got, factor = rope_frequencies(reference.config.to_dict(), 64)
-    np.testing.assert_allclose(got, expected.numpy(), rtol=3e-7)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-6)  # float32 in another order
     assert factor == pytest.approx(scale, rel=1e-12)
 
 
