@@ -1,6 +1,6 @@
 # make demo   the whole method on generated data, in minutes
 # make test   lint, types, import rules, tests
-# make test-sanitize   the engine core under address and undefined-behaviour sanitizers
+# make sanitize   the engine core under address and undefined-behaviour sanitizers; not yet part of CI
 # Both set up .venv on first use. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 SEEDS := 0 1 2
 DATA ?=
 
-.PHONY: demo demo-seeds test test-sanitize lint bench clean
+.PHONY: demo demo-seeds test sanitize lint bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
