@@ -188,7 +188,7 @@ def evaluate(
     json_path: JsonFile = None,
 ) -> None:
     """Evaluate a checkpoint on the recipe's task, or its perplexity; in torch, or an exported one in the engine."""
-    from . import pipeline
+    from . import deploy, pipeline
     from .data.tasks import load_task
 
     config = _load(recipe, set_)
@@ -196,23 +196,16 @@ def evaluate(
         raise ConfigError(f"--split {split}: use test or validation")
     if exact and not engine:
         raise ConfigError("--exact changes the engine's attention cache; give it with --engine")
-    if engine:
-        from . import deploy
-
-        if perplexity:
-            raise ConfigError(
-                "--engine --perplexity: the engine is evaluated on tasks; leave out one of the two"
-            )
-        found = deploy.evaluate_engine(config, load_task(config.task), source, split, exact=exact)
-        result: dict[str, Any] = {
-            found.metric: found.value,
-            "stderr": found.stderr,
-            "items": len(found.correct),
-        }
-    elif perplexity:
-        result = {"perplexity": pipeline.heldout_perplexity(config, source)}
+    if engine and perplexity:
+        raise ConfigError("--engine --perplexity: the engine is evaluated on tasks; leave out one of the two")
+    if perplexity:
+        result: dict[str, Any] = {"perplexity": pipeline.heldout_perplexity(config, source)}
     else:
-        found = pipeline.evaluate_model(config, load_task(config.task), source, split)
+        task = load_task(config.task)
+        if engine:
+            found = deploy.evaluate_engine(config, task, source, split, exact=exact)
+        else:
+            found = pipeline.evaluate_model(config, task, source, split)
         result = {found.metric: found.value, "stderr": found.stderr, "items": len(found.correct)}
     result = {"source": source, "split": "heldout" if perplexity else split} | result
     console.print(

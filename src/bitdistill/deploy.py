@@ -8,12 +8,13 @@ import numpy as np
 
 from . import _core
 from .config import Recipe
-from .data.prompts import PromptEncoder
 from .data.tasks import Task
 from .engine import Engine, EngineScorer
-from .evaluate import Evaluation, Scorer, TorchScorer, evaluate_classification, evaluate_generation
+from .evaluate import Evaluation
 from .export import export
+from .pipeline import evaluate_scorer, evaluate_step
 from .train.loading import load_model, load_tokenizer
+from .train.size import model_size
 
 DECODE_TOKENS = 64
 """Tokens of the speed figures of a record; ``bitdistill bench`` measures properly."""
@@ -28,15 +29,7 @@ def evaluate_engine(
         CheckpointError: it is not an exported model, or damaged.
     """
     engine = Engine(model, exact=exact)
-    return _evaluate(recipe, task, model, EngineScorer(engine), split)
-
-
-def _evaluate(recipe: Recipe, task: Task, model: str | Path, scorer: Scorer, split: str) -> Evaluation:
-    encoder = PromptEncoder(load_tokenizer(model), recipe.task.max_length)
-    examples = task.test if split == "test" else task.validation
-    if task.kind == "generation":
-        return evaluate_generation(scorer, encoder, examples, recipe.task.max_new_tokens)
-    return evaluate_classification(scorer, encoder, examples, task.labels)
+    return evaluate_scorer(recipe, task, EngineScorer(engine), load_tokenizer(model), split)
 
 
 def engine_record(recipe: Recipe, task: Task, student: Path, full_precision: Path) -> dict[str, Any]:
@@ -48,9 +41,8 @@ def engine_record(recipe: Recipe, task: Task, student: Path, full_precision: Pat
     folder = student.with_name(f"{student.name}-packed")
     facts = export(student, folder, head="f32")
     engine = Engine(folder, exact=True)
-    torch_scorer = TorchScorer(load_model(student), load_tokenizer(student))
-    ours = _evaluate(recipe, task, folder, EngineScorer(engine), "test")
-    theirs = _evaluate(recipe, task, student, torch_scorer, "test")
+    ours = evaluate_scorer(recipe, task, EngineScorer(engine), load_tokenizer(folder), "test")
+    theirs = evaluate_step(recipe, task, student, "test")  # stands in the step's folder already
     different = [i for i, (a, b) in enumerate(zip(ours.correct, theirs.correct, strict=True)) if a != b]
     dense = load_model(full_precision)
     return {
@@ -60,7 +52,7 @@ def engine_record(recipe: Recipe, task: Task, student: Path, full_precision: Pat
         "items": len(ours.correct),
         "outcomes_that_differ": different,
         "bytes": facts["bytes"],
-        "full_precision_bytes": 2 * sum(p.numel() for p in dense.parameters()),
+        "full_precision_bytes": model_size(dense).bytes,
         "isa": engine.core.isa,
         "threads": engine.core.threads,
         "decode_tok_s": _decode_tok_s(engine),

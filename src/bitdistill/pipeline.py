@@ -17,13 +17,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from .checkpoint import provenance, read_run, write_json
 from .config import Recipe
 from .data.corpus import PackedSequences, build_shards
 from .data.prompts import PromptEncoder
 from .data.tasks import Task, load_task
 from .errors import ConfigError
-from .evaluate import Evaluation, TorchScorer, evaluate_classification, evaluate_generation
+from .evaluate import Evaluation, Scorer, TorchScorer, evaluate_classification, evaluate_generation
 from .processes import is_main_process, on_main_process
 from .recipe import to_dict
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
@@ -197,6 +199,7 @@ def _run_method(
     }
     if len(candidates) > 1:
         row["grid"] = {f"{lr:g}": value for value, lr, _, _ in candidates}
+        row["tried"] = [tried for _, _, tried, _ in candidates]
     logger.info("%s: %s %.4f", method.label, test.metric, test.value)
     return row, tuned
 
@@ -243,6 +246,13 @@ def evaluate_model(recipe: Recipe, task: Task, source: str | Path, split: str) -
     """Evaluate any checkpoint on ``validation`` or ``test``."""
     tokenizer = load_tokenizer(source, recipe.revision_of(source))
     scorer = TorchScorer(load_model(source, recipe.revision_of(source)), tokenizer)
+    return evaluate_scorer(recipe, task, scorer, tokenizer, split)
+
+
+def evaluate_scorer(
+    recipe: Recipe, task: Task, scorer: Scorer, tokenizer: PreTrainedTokenizerBase, split: str
+) -> Evaluation:
+    """Evaluate whatever answers for a model, torch or the engine, on ``validation`` or ``test``."""
     encoder = PromptEncoder(tokenizer, recipe.task.max_length)
     examples = task.test if split == "test" else task.validation
     if task.kind == "generation":
@@ -260,9 +270,9 @@ def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
 
 
 def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> dict[str, Any]:
-    times = {step: time_s for row in rows.values() for step, time_s in row["time_s"].items()}
+    steps = {step for row in rows.values() for step in (*row["steps"], *row.get("tried", ()))}
     if recipe.base is not None:
-        times |= {step: step_seconds(read_run(recipe.run_dir / step)) for step in ("base-blank", "base")}
+        steps |= {"base-blank", "base"}
     return {
         "name": recipe.name,
         "task": task.name,
@@ -271,7 +281,7 @@ def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> d
         "eval_items": len(task.test),
         "majority_accuracy": task.majority_accuracy,
         "last_run_s": round(seconds, 1),
-        "total_time_s": round(sum(times.values()), 1),
+        "total_time_s": round(sum(step_seconds(read_run(recipe.run_dir / step)) for step in steps), 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "recipe": to_dict(recipe),
         **provenance(),
