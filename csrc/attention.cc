@@ -103,31 +103,27 @@ void run_attention(const Model& model, size_t layer, const Chunk& chunk, KvCache
   AttentionPass pass(model, layer, chunk, cache, work, worker);
   if (chunk.count == 1) {
     // A head stays with one thread from projection to output: no barrier between storing and reading.
-    const Range mine = share(worker, heads);
-    for (size_t head = mine.begin; head < mine.end; ++head) {
-      pass.store(0, head);
+    worker.deal(heads, 1, [&](Range head) {
+      pass.store(0, head.begin);
       for (size_t q = 0; q < group; q += queries) {
-        pass.attend(head, head * group + q, std::min(queries, group - q), 0, 1);
+        pass.attend(head.begin, head.begin * group + q, std::min(queries, group - q), 0, 1);
       }
-    }
+    });
     return;
   }
-  const Range tokens = share(worker, chunk.count);
-  for (size_t t = tokens.begin; t < tokens.end; ++t) {
-    for (size_t head = 0; head < heads; ++head) pass.store(t, head);
-  }
-  worker.barrier();
-  // Later tokens see more keys: dealing tiles out in turn keeps the threads' shares even.
-  const size_t tile = std::max<size_t>(1, kAttendRows / queries);
-  size_t turn = 0;
-  for (size_t head = 0; head < heads; ++head) {
-    for (size_t first = 0; first < chunk.count; first += tile, ++turn) {
-      if (turn % worker.count() != worker.index()) continue;
-      for (size_t q = 0; q < group; q += queries) {
-        pass.attend(head, head * group + q, std::min(queries, group - q), first, std::min(tile, chunk.count - first));
-      }
+  worker.deal(chunk.count, kTokensDealt, [&](Range tokens) {
+    for (size_t t = tokens.begin; t < tokens.end; ++t) {
+      for (size_t head = 0; head < heads; ++head) pass.store(t, head);
     }
-  }
+  });
+  worker.barrier();
+  const size_t tile = std::max<size_t>(1, kAttendRows / queries), tiles = ceil_div(chunk.count, tile);
+  worker.deal(heads * tiles, 1, [&](Range one) {
+    const size_t head = one.begin / tiles, first = one.begin % tiles * tile;
+    for (size_t q = 0; q < group; q += queries) {
+      pass.attend(head, head * group + q, std::min(queries, group - q), first, std::min(tile, chunk.count - first));
+    }
+  });
 }
 
 }  // namespace bitdistill

@@ -153,7 +153,7 @@ nb::object ternary_linear(const ArrayIn<uint8_t, 4>& packed, const ArrayIn<float
     const nb::gil_scoped_release release;
     ThreadPool pool(threads);
     pool.run([&](Worker& worker) {
-      linear_rows(room, linear, codes.input, share(worker, m.row_blocks()), data, rows, false);
+      linear_rows(room, linear, codes.input, worker.share(m.row_blocks()), data, rows, false);
     });
   }
   return out.cast();
@@ -252,7 +252,7 @@ nb::object head_logits(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::
   head.data = static_cast<const uint8_t*>(weight.data());
   head.scale = weight_scale ? weight_scale->data() : nullptr;
   FloatOut out({x.shape(0), head.rows});
-  head_rows(room, head, {0, head.rows}, x.data(), x.shape(0), out.data());
+  head_rows(room, head, HeadInput(head, x.data(), x.shape(0)), {0, head.rows}, out.data());
   return out.cast();
 }
 

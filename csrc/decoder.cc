@@ -6,6 +6,8 @@
 namespace bitdistill {
 namespace {
 
+constexpr size_t kHeadRowsDealt = 512;
+
 class LayerPass {
  public:
   LayerPass(const Model& model, const Chunk& chunk, Workspace& work, Worker& worker)
@@ -23,14 +25,15 @@ class LayerPass {
       }
       inputs_[i] = inputs_[same_as_[i]];
     }
-    const Range tokens = alone ? Range{0, 1} : share(worker_, chunk_.count, inputs_[0].tile);
-    for (size_t t = tokens.begin; t < tokens.end; ++t) prepare_token(x + t * x_stride, t, norm, linears);
-    if (!alone) {
-      for (size_t first = tokens.begin; first < tokens.end; first += inputs_[0].tile) {
+    if (alone) {
+      prepare_token(x, 0, norm, linears);
+    } else {
+      worker_.deal(chunk_.count, inputs_[0].tile, [&](Range tile) {
+        for (size_t t = tile.begin; t < tile.end; ++t) prepare_token(x + t * x_stride, t, norm, linears);
         for (size_t i = 0; i < linears.size(); ++i) {
-          if (same_as_[i] == i && linears[i]->is_ternary) pack_tile(first, inputs_[i]);
+          if (same_as_[i] == i && linears[i]->is_ternary) pack_tile(tile.begin, inputs_[i]);
         }
-      }
+      });
       worker_.barrier();
     }
     if (work_.taps != nullptr && worker_.index() == 0) tap(linears);
@@ -113,24 +116,38 @@ void tap_states(Workspace& work, const std::string& name, const float* rows, siz
   tap.shape = {tap.floats.size() / width, width};
 }
 
-// Queries, keys and values are one matrix to the threads: row blocks of all three are shared out together.
+// Row blocks of a chunk: few enough that every thread takes several, at most what one gemv runs through.
+size_t blocks_dealt(const Worker& worker, size_t blocks) {
+  return std::clamp<size_t>(blocks / (4 * worker.count()), 1, kGemvBlocks);
+}
+
+// All row blocks of a linear that adds to the state.
+void add_to_state(const Model& model, const Linear& linear, const Input& input, Workspace& work, Worker& worker) {
+  const size_t blocks = linear.padded_rows() / kRowBlock;
+  worker.deal(blocks, blocks_dealt(worker, blocks), [&](Range part) {
+    linear_rows(model.room(), linear, input, part, work.state.data(), work.state_stride, true);
+  });
+}
+
+// Queries, keys and values are one matrix to the threads: row blocks of all three are dealt together.
 void project_qkv(const Model& model, const Layer& layer, const LayerPass& pass, Workspace& work, Worker& worker) {
   const Linear* parts[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
   const size_t stride = work.query_stride + 2 * work.key_stride;
   const size_t places[] = {0, work.query_stride, work.query_stride + work.key_stride};
   size_t total = 0;
   for (const Linear* part : parts) total += part->padded_rows() / kRowBlock;
-  const Range mine = share(worker, total);
-  size_t before = 0;
-  for (size_t i = 0; i < 3; ++i) {
-    const size_t blocks = parts[i]->padded_rows() / kRowBlock;
-    const size_t begin = std::clamp(mine.begin, before, before + blocks) - before;
-    const size_t end = std::clamp(mine.end, before, before + blocks) - before;
-    if (begin < end) {
-      linear_rows(model.room(), *parts[i], pass.input(i), {begin, end}, work.qkv.data() + places[i], stride, false);
+  worker.deal(total, blocks_dealt(worker, total), [&](Range part) {
+    size_t before = 0;
+    for (size_t i = 0; i < 3; ++i) {
+      const size_t blocks = parts[i]->padded_rows() / kRowBlock;
+      const size_t begin = std::clamp(part.begin, before, before + blocks) - before;
+      const size_t end = std::clamp(part.end, before, before + blocks) - before;
+      if (begin < end) {
+        linear_rows(model.room(), *parts[i], pass.input(i), {begin, end}, work.qkv.data() + places[i], stride, false);
+      }
+      before += blocks;
     }
-    before += blocks;
-  }
+  });
 }
 
 }  // namespace
@@ -150,14 +167,14 @@ void rotary_table(const Config& config, const Chunk& chunk, Workspace& work) {
 void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspace& work, Worker& worker) {
   const Config& config = model.config();
   const KernelTable& room = model.room();
-  const Range tokens = share(worker, chunk.count);
-  for (size_t t = tokens.begin; t < tokens.end; ++t) {
-    table_row(room, model.embedding(), static_cast<size_t>(chunk.tokens[t]), work.state.data() + t * work.state_stride);
-  }
+  worker.deal(chunk.count, kTokensDealt, [&](Range tokens) {
+    for (size_t t = tokens.begin; t < tokens.end; ++t) {
+      table_row(room, model.embedding(), static_cast<size_t>(chunk.tokens[t]), work.state.data() + t * work.state_stride);
+    }
+  });
   worker.barrier();
 
-  const Range state_rows = share(worker, ceil_div(config.hidden_size, kRowBlock));
-  const Range hidden_rows = share(worker, ceil_div(config.intermediate_size, kRowBlock));
+  const size_t hidden_blocks = ceil_div(config.intermediate_size, kRowBlock);
   LayerPass pass(model, chunk, work, worker);
   for (size_t i = 0; i < model.layers().size(); ++i) {
     const Layer& layer = model.layers()[i];
@@ -169,16 +186,18 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
     worker.barrier();
     const Linear* const reads_attended[] = {&layer.o_proj};
     pass.prepare(work.attended.data(), work.query_stride, nullptr, reads_attended);
-    linear_rows(room, layer.o_proj, pass.input(0), state_rows, work.state.data(), work.state_stride, true);
+    add_to_state(model, layer.o_proj, pass.input(0), work, worker);
     worker.barrier();
     const Linear* const reads_mlp[] = {&layer.gate_proj, &layer.up_proj};
     pass.prepare(work.state.data(), work.state_stride, layer.post_attention_norm, reads_mlp);
-    gated_rows(room, config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), hidden_rows,
-               work.hidden.data(), work.hidden_stride);
+    worker.deal(hidden_blocks, blocks_dealt(worker, hidden_blocks), [&](Range part) {
+      gated_rows(room, config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), part,
+                 work.hidden.data(), work.hidden_stride);
+    });
     worker.barrier();
     const Linear* const reads_hidden[] = {&layer.down_proj};
     pass.prepare(work.hidden.data(), work.hidden_stride, nullptr, reads_hidden);
-    linear_rows(room, layer.down_proj, pass.input(0), state_rows, work.state.data(), work.state_stride, true);
+    add_to_state(model, layer.down_proj, pass.input(0), work, worker);
     worker.barrier();
     if (work.taps != nullptr && worker.index() == 0) {
       tap_states(work, "model.layers." + std::to_string(i), work.state.data(), chunk.count, config.hidden_size,
@@ -190,7 +209,7 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
 void run_head(const Model& model, size_t first, size_t count, Workspace& work, float* normed, float* logits,
               Worker& worker) {
   const Config& config = model.config();
-  const Range tokens = share(worker, count);
+  const Range tokens = worker.share(count);
   for (size_t t = tokens.begin; t < tokens.end; ++t) {
     model.room().rms_norm(work.state.data() + (first + t) * work.state_stride, model.final_norm(), config.rms_norm_eps,
                           config.hidden_size, normed + t * config.hidden_size);
@@ -199,7 +218,10 @@ void run_head(const Model& model, size_t first, size_t count, Workspace& work, f
   if (work.taps != nullptr && worker.index() == 0) {
     tap_states(work, "model.norm", normed, count, config.hidden_size, config.hidden_size);
   }
-  head_rows(model.room(), model.head(), share(worker, config.vocab_size, kRowBlock), normed, count, logits);
+  const HeadInput input(model.head(), normed, count);
+  worker.deal(config.vocab_size, kHeadRowsDealt, [&](Range rows) {
+    head_rows(model.room(), model.head(), input, rows, logits);
+  });
 }
 
 }  // namespace bitdistill

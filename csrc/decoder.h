@@ -8,6 +8,8 @@
 
 namespace bitdistill {
 
+constexpr size_t kTokensDealt = 8;  // tokens of a chunk of work that is done token by token
+
 struct Chunk {
   const int32_t* tokens;
   size_t count;     // 1..kChunk
@@ -29,14 +31,21 @@ void run_attention(const Model& model, size_t layer, const Chunk& chunk, KvCache
 
 // In head.cc, also used on its own by tests.
 void table_row(const KernelTable& room, const DenseMatrix& table, size_t row, float* out);
-struct SplitCodes {
-  std::vector<int8_t> high, low;
-  float high_scale = 0, low_scale = 0;
-};
 // x ~= high * high_scale + low * low_scale, to 15 bits: with it an int8 head costs two exact integer dot products and
 // adds no error of its own.
-void split_codes(const float* x, size_t n, SplitCodes& out);
-void head_rows(const KernelTable& room, const DenseMatrix& head, Range rows, const float* x, size_t tokens,
-               float* logits);
+struct SplitCodes {
+  SplitCodes(const float* x, size_t n);
+  std::vector<int8_t> high, low;
+  float high_scale, low_scale;
+};
+// States [tokens][hidden_size] as a head takes them: split where it is int8.
+struct HeadInput {
+  HeadInput(const DenseMatrix& head, const float* x, size_t tokens);
+  const float* x;
+  size_t tokens;
+  std::vector<SplitCodes> split;
+};
+// logits[t * vocabulary + r] of a range of rows.
+void head_rows(const KernelTable& room, const DenseMatrix& head, const HeadInput& input, Range rows, float* logits);
 
 }  // namespace bitdistill

@@ -131,7 +131,7 @@ void Session::score(std::span<const int32_t> tokens, size_t first, float* out) {
       if (done + at + part < first) continue;
       run_head(*model_, at, part, work_, normed_.data() + at * width, logits.data(), worker);
       worker.barrier();
-      const Range mine = share(worker, part);
+      const Range mine = worker.share(part);
       for (size_t t = mine.begin; t < mine.end; ++t) {
         const size_t position = done + at + t;
         const float* row = logits.data() + t * vocabulary;

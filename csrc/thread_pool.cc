@@ -5,7 +5,6 @@
 #include <sched.h>
 #endif
 
-#include <algorithm>
 #include <stdexcept>
 
 namespace bitdistill {
@@ -13,7 +12,7 @@ namespace {
 
 constexpr size_t kMaxThreads = 1024;
 // About 20 microseconds: longer than the uneven ends of a phase, shorter than a scheduler's slice.
-constexpr unsigned kSpins = 400;
+constexpr unsigned kSpins = 4000;
 
 inline void pause_cpu() {
 #if defined(__x86_64__)
@@ -66,6 +65,11 @@ class Pin {
 
 }  // namespace
 
+static size_t checked_count(size_t threads) {
+  if (threads > kMaxThreads) throw std::invalid_argument("threads = " + std::to_string(threads) + ": use at most 1024");
+  return threads != 0 ? threads : usable_cpus();
+}
+
 size_t usable_cpus() {
   const size_t cpus = allowed_cpus().size();
   return cpus != 0 ? cpus : std::max<size_t>(1, std::thread::hardware_concurrency());
@@ -74,14 +78,13 @@ size_t usable_cpus() {
 size_t Worker::count() const { return pool_.size_; }
 void Worker::barrier() { pool_.barrier(); }
 
-Range share(const Worker& worker, size_t n, size_t unit) {
+Range Worker::share_of(size_t index, size_t n, size_t unit) const {
   const size_t units = (n + unit - 1) / unit;
-  const auto edge = [&](size_t index) { return std::min(n, units * index / worker.count() * unit); };
-  return {edge(worker.index()), edge(worker.index() + 1)};
+  const auto edge = [&](size_t worker) { return std::min(n, units * worker / count() * unit); };
+  return {edge(index), edge(index + 1)};
 }
 
-ThreadPool::ThreadPool(size_t threads) : size_(threads != 0 ? threads : usable_cpus()) {
-  if (size_ > kMaxThreads) throw std::invalid_argument("threads = " + std::to_string(size_) + ": use at most 1024");
+ThreadPool::ThreadPool(size_t threads) : size_(checked_count(threads)), taken_(size_) {
   const std::vector<int> cpus = allowed_cpus();
   // With fewer CPUs than threads, spinning would keep the others from the work that is waited for.
   const bool enough = size_ <= cpus.size();
@@ -100,10 +103,6 @@ ThreadPool::~ThreadPool() {
 void ThreadPool::run(const std::function<void(Worker&)>& work) {
   const std::lock_guard lock(one_at_a_time_);
   Worker self(*this, 0);
-  if (size_ == 1) {
-    work(self);
-    return;
-  }
   std::optional<Pin> pin;
   if (!cpus_.empty()) pin.emplace(cpus_[0]);
   work_ = &work;
@@ -127,10 +126,10 @@ void ThreadPool::loop(size_t index) {
 }
 
 void ThreadPool::barrier() {
-  if (size_ == 1) return;
   const uint32_t phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
     arrived_.store(0, std::memory_order_relaxed);
+    for (Taken& taken : taken_) taken.items.store(0, std::memory_order_relaxed);
     phase_.store(phase + 1, std::memory_order_release);
     phase_.notify_all();
   } else {

@@ -1,10 +1,12 @@
 // Threads that run one function side by side, in phases divided by barriers.
 //
 // A decode step has about five phases a layer and lasts milliseconds: waking threads by a condition variable for each
-// phase would cost as much as the work. Between phases a thread spins for some microseconds and then sleeps, so that a busy
-// machine gets its core back (pure spinning collapses when anything else runs).
+// phase would cost as much as the work. Between phases a thread spins for a while and then sleeps, so that a busy machine
+// gets its core back. Work is dealt in chunks: a core that is slower than the others, or lent to another program for
+// a moment, does less of a phase instead of making all wait.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <functional>
@@ -18,7 +20,11 @@ namespace bitdistill {
 
 class ThreadPool;
 
-// What a function run by the pool sees: who it is, and the barrier.
+struct Range {
+  size_t begin, end;
+};
+
+// What a function run by the pool sees: who it is, its share of the work, and the barrier.
 class Worker {
  public:
   Worker(ThreadPool& pool, size_t index) : pool_(pool), index_(index) {}
@@ -26,17 +32,19 @@ class Worker {
   size_t count() const;
   // Every worker has arrived; what they wrote before is visible after. All must call it equally often.
   void barrier();
+  // This worker's share of n items, in multiples of `unit`.
+  Range share(size_t n, size_t unit = 1) const { return share_of(index_, n, unit); }
+  // Calls body(Range) with chunks of `unit` of n items until none is left: those of its own share in order, then what
+  // others have left of theirs. Every worker calls it with the same numbers, at most once between two barriers.
+  template <class Body>
+  void deal(size_t n, size_t unit, Body&& body);
 
  private:
+  Range share_of(size_t index, size_t n, size_t unit) const;
+
   ThreadPool& pool_;
   size_t index_;
 };
-
-struct Range {
-  size_t begin, end;
-};
-// This worker's share of n items, in multiples of `unit`.
-Range share(const Worker& worker, size_t n, size_t unit = 1);
 
 class ThreadPool {
  public:
@@ -58,7 +66,12 @@ class ThreadPool {
   void barrier();
   void wait_while(const std::atomic<uint32_t>& value, uint32_t old);
 
+  struct alignas(64) Taken {
+    std::atomic<size_t> items{0};  // of this worker's share, since the last barrier
+  };
+
   size_t size_;
+  std::vector<Taken> taken_;
   std::vector<int> cpus_;  // empty: no pinning
   unsigned spins_;
   std::vector<std::thread> threads_;
@@ -69,6 +82,20 @@ class ThreadPool {
   alignas(64) std::atomic<uint32_t> arrived_{0};
   alignas(64) std::atomic<uint32_t> phase_{0};
 };
+
+template <class Body>
+void Worker::deal(size_t n, size_t unit, Body&& body) {
+  for (size_t i = 0; i < count(); ++i) {
+    const size_t owner = (index_ + i) % count();
+    const Range part = share_of(owner, n, unit);
+    std::atomic<size_t>& taken = pool_.taken_[owner].items;
+    while (taken.load(std::memory_order_relaxed) < part.end - part.begin) {
+      const size_t begin = part.begin + taken.fetch_add(unit, std::memory_order_relaxed);
+      if (begin >= part.end) break;
+      body(Range{begin, std::min(part.end, begin + unit)});
+    }
+  }
+}
 
 // CPUs that this process may use.
 size_t usable_cpus();

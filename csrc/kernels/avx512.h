@@ -68,29 +68,25 @@ void dot_i8(const int8_t* weights, size_t rows, size_t k, const int8_t* high, co
     low_sum = _mm512_dpbusd_epi32(low_sum, offset, _mm512_maskz_loadu_epi8(mask, low + i));
   }
   const int32_t high_excess = _mm512_reduce_add_epi32(high_sum), low_excess = _mm512_reduce_add_epi32(low_sum);
-  size_t r = 0;
-  for (; r < rows; r += 2) {
-    const bool pair = r + 1 < rows;
-    const int8_t* first = weights + r * k;
-    const int8_t* second = pair ? first + k : first;
+  // One row at a time: two rows side by side are two streams a few lines apart, which prefetchers do not follow.
+  for (size_t r = 0; r < rows; ++r) {
+    const int8_t* w = weights + r * k;
     __m512i acc[4] = {zero, zero, zero, zero};
-    const auto step = [&](size_t i, __mmask64 mask) __attribute__((always_inline)) {
-      const __m512i h = _mm512_maskz_loadu_epi8(mask, high + i), l = _mm512_maskz_loadu_epi8(mask, low + i);
-      const __m512i a = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, first + i), offset);
-      const __m512i b = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, second + i), offset);
-      acc[0] = _mm512_dpbusd_epi32(acc[0], a, h);
-      acc[1] = _mm512_dpbusd_epi32(acc[1], a, l);
-      acc[2] = _mm512_dpbusd_epi32(acc[2], b, h);
-      acc[3] = _mm512_dpbusd_epi32(acc[3], b, l);
+    const auto step = [&](size_t i, __mmask64 mask, __m512i& h, __m512i& l) __attribute__((always_inline)) {
+      const __m512i a = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, w + i), offset);
+      h = _mm512_dpbusd_epi32(h, a, _mm512_maskz_loadu_epi8(mask, high + i));
+      l = _mm512_dpbusd_epi32(l, a, _mm512_maskz_loadu_epi8(mask, low + i));
     };
-    for (size_t i = 0; i < whole; i += 64) step(i, ~__mmask64{0});
-    if (whole < k) step(whole, tail);
-    high_dot[r] = _mm512_reduce_add_epi32(acc[0]) - high_excess;
-    low_dot[r] = _mm512_reduce_add_epi32(acc[1]) - low_excess;
-    if (pair) {
-      high_dot[r + 1] = _mm512_reduce_add_epi32(acc[2]) - high_excess;
-      low_dot[r + 1] = _mm512_reduce_add_epi32(acc[3]) - low_excess;
+    constexpr __mmask64 kAll = ~__mmask64{0};
+    size_t i = 0;
+    for (; i + 128 <= whole; i += 128) {
+      step(i, kAll, acc[0], acc[1]);
+      step(i + 64, kAll, acc[2], acc[3]);
     }
+    if (i < whole) step(i, kAll, acc[0], acc[1]);
+    if (whole < k) step(whole, tail, acc[0], acc[1]);
+    high_dot[r] = _mm512_reduce_add_epi32(_mm512_add_epi32(acc[0], acc[2])) - high_excess;
+    low_dot[r] = _mm512_reduce_add_epi32(_mm512_add_epi32(acc[1], acc[3])) - low_excess;
   }
 }
 

@@ -1,31 +1,27 @@
 """benchmarks/parity.py on small students of every family, and that it notices what it is there to notice."""
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
+import parity
 import pytest
 import torch
 
 from bitdistill.train.loading import load_model
 
-ROOT = Path(__file__).parents[2]
 PROMPTS = ["the soup was", "the room seemed very", "the host"]
 
 
-@pytest.fixture(scope="module")
-def parity() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("parity", ROOT / "benchmarks" / "parity.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize(("family", "ternary"), [("llama", {}), ("qwen3", {"norm_sites": "all"})])
+@pytest.mark.parametrize(
+    ("family", "ternary"),
+    [
+        ("llama", {}),
+        ("llama", {"granularity": "block", "block_size": 16}),
+        ("qwen3", {"norm_sites": "all"}),
+    ],
+)
 def test_small_students_are_at_parity(
-    parity: ModuleType, save_student: Callable[..., Path], family: str, ternary: dict, tmp_path: Path
+    save_student: Callable[..., Path], family: str, ternary: dict, tmp_path: Path
 ) -> None:
     report = parity.compare(save_student(tmp_path / "student", family, ternary), PROMPTS, 16, threads=1)
     assert parity.failures(report) == []
@@ -34,7 +30,7 @@ def test_small_students_are_at_parity(
 
 
 def test_other_weights_are_noticed(
-    parity: ModuleType, save_student: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    save_student: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = save_student(tmp_path / "student", "llama", {})
 

@@ -3,91 +3,36 @@
     prefill:  roofline_share = tok_s * ternary weights / probed int8 multiply-adds a second
     decode:   roofline_share = tok_s * bytes read for a token / probed bytes a second
 
-Embedding, head, norms and attention are part of the measured time. Figures are medians; a sample whose thread had the
-CPU for less than 97 % of the time is dropped while others are left.
+Embedding, head, norms and attention are part of the measured time. The machine is probed before and after every sample,
+since the bandwidth of a shared machine doubles and halves within seconds; decoding is therefore sampled in slices of
+16 tokens. Figures are medians over samples; one whose thread had the CPU for less than 97 % of the time is dropped
+while others are left.
 """
 
-import json
 import logging
 import os
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
-from ..errors import ConfigError, EngineError
+from ..errors import ConfigError
+from .bench_process import Process
 from .bench_worker import DECODE_PROMPT
 from .shapes import find_shape
 
 logger = logging.getLogger(__name__)
 
 PHASES = (("prefill", 128), ("prefill", 512), ("decode", 128))
-MOST_SAMPLES, LEAST_SAMPLES = 7, 2
+DECODE_SLICE = 16
+MOST_ROUNDS, LEAST_ROUNDS = 7, 2
 BUDGET_S = 200.0
-"""Time for all samples of a shape without a peer; loading and probing come on top."""
+"""Time for all samples of a shape without a peer; loading comes on top."""
 UNDISTURBED = 0.97
 PEER_FORMATS = ("TQ2_0", "BF16")
-
-
-class Worker:
-    """A measuring process; see ``bench_worker``."""
-
-    def __init__(self, module: str, options: dict[str, Any]) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(options)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        self.facts = self._read()
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """One request, one answer.
-
-        Raises:
-            EngineError: the process failed; with what it said.
-        """
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write(json.dumps(request) + "\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass  # what it said before is read below
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        if not line:
-            raise EngineError(
-                f"the measuring process ended with status {self.process.wait()}; is there memory enough?"
-            )
-        found = dict(json.loads(line))
-        if "error" in found:
-            raise EngineError(found["error"])
-        return found
-
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        assert self.process.stdin is not None and self.process.stdout is not None
-        try:
-            self.process.stdin.close()
-        except BrokenPipeError:
-            pass
-        self.process.stdout.close()
-        try:
-            self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
 
 
 def run_bench(
@@ -120,19 +65,23 @@ def run_bench(
     budget = BUDGET_S / (len(counts) * len(PHASES))
     for count in counts:
         options = {"model": str(model) if model else None, "shape": shape, "threads": count, "head": head}
-        for peer_format in PEER_FORMATS if versus else (None,):
-            with Worker("bitdistill.engine.bench_worker", options) as own:
+        for form in PEER_FORMATS if versus else (None,):
+            with ExitStack() as processes:
+                probe = processes.enter_context(Process("bench_probe", {"threads": count}))
+                own = processes.enter_context(Process("bench_worker", options))
                 logger.info("%s, %d threads: loaded in %.2f s", name, count, own.facts["load_s"])
-                peer = _peer(shape, count, peer_format)
-                try:
-                    records += [
-                        _record(name, count, own, peer, peer_format, phase, tokens, budget)
-                        for phase, tokens in PHASES
-                        if tokens < own.facts["max_context"] - DECODE_PROMPT
-                    ]
-                finally:
+                peer = None
+                if form is not None:
+                    peer_options = {"shape": shape, "threads": count, "form": form}
+                    peer = processes.enter_context(Process("bench_peer", peer_options))
+                for phase, tokens in PHASES:
+                    if tokens >= own.facts["max_context"] - DECODE_PROMPT:
+                        continue
+                    samples = list(_samples(own, peer, probe, phase, tokens, budget))
+                    record = _record(own, phase, tokens, samples)
                     if peer is not None:
-                        peer.__exit__(None, None, None)
+                        record["versus"] = _versus(form, record["tok_s"], samples)
+                    records.append({"shape": name, "threads": count} | record)
     return records
 
 
@@ -142,68 +91,83 @@ def _all_threads() -> list[int]:
     return [t for t in range(1, n + 1) if n <= 4 or t == n or t & (t - 1) == 0]
 
 
-def _record(
-    name: str,
-    threads: int,
-    own: Worker,
-    peer: Worker | None,
-    peer_format: str | None,
-    phase: str,
-    tokens: int,
-    budget: float,
-) -> dict[str, Any]:
-    own.ask(phase=phase, tokens=min(tokens, 16))  # pages and clocks wake up
-    ours: list[dict[str, Any]] = []
-    theirs: list[dict[str, Any]] = []
-    probes = []
+@dataclass(frozen=True)
+class _Sample:
+    """One measurement of ``tokens`` tokens, beside the peer's of the same moment."""
+
+    tokens: int
+    own: dict[str, Any]
+    peer: dict[str, Any] | None
+    gb_s: float
+    gmac_s: float
+    first_token_s: float
+
+
+def _samples(
+    own: Process, peer: Process | None, probe: Process, phase: str, tokens: int, budget: float
+) -> Iterator[_Sample]:
+    """Rounds of all ``tokens``, A B A B, until the budget is spent."""
+    sides = [side for side in (own, peer) if side is not None]
+    for side in sides:  # pages and clocks wake up
+        side.ask(prefill=min(tokens, DECODE_PROMPT))
     started = time.monotonic()
-    while len(ours) < MOST_SAMPLES and (
-        len(ours) < LEAST_SAMPLES or time.monotonic() - started < budget
-    ):  # A B A B, each beside a probe
-        probes.append(own.ask(probe=True))
-        ours.append(own.ask(phase=phase, tokens=tokens))
-        if peer is not None:
-            theirs.append(peer.ask(phase=phase, tokens=tokens))
-    seconds = _median(ours, "seconds")
-    tok_s = tokens / seconds
-    gb_s, gmac_s = (statistics.median(p[key] for p in probes) for key in ("gb_s", "gmac_s"))
+    before = probe.ask()
+    rounds = 0
+    while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.monotonic() - started < budget):
+        rounds += 1
+        request, sizes = {"prefill": tokens}, [tokens]
+        if phase == "decode":
+            read = [side.ask(prefill=DECODE_PROMPT) for side in sides]
+            request, sizes = {"decode": DECODE_SLICE}, [DECODE_SLICE] * (tokens // DECODE_SLICE)
+        for size in sizes:
+            ours = own.ask(**request)
+            after = probe.ask()
+            theirs = peer.ask(**request) if peer is not None else None
+            yield _Sample(
+                size,
+                ours,
+                theirs,
+                gb_s=(before["gb_s"] + after["gb_s"]) / 2,
+                gmac_s=(before["gmac_s"] + after["gmac_s"]) / 2,
+                first_token_s=(read[0] if phase == "decode" else ours)["first_token_s"],
+            )
+            before = probe.ask() if peer is not None else after
+
+
+def _record(own: Process, phase: str, tokens: int, samples: list[_Sample]) -> dict[str, Any]:
     facts = own.facts
-    if phase == "prefill":
-        share = tok_s * facts["ternary_weights"] / (gmac_s * 1e9)
-    else:
-        share = tok_s * facts["decode_bytes"] / (gb_s * 1e9)
-    record: dict[str, Any] = {
-        "shape": name,
-        "threads": threads,
+    clean = [s for s in samples if s.own["cpu_share"] >= UNDISTURBED]
+    if not clean:
+        logger.warning("the machine was busy during every sample; the figures say little")
+        clean = samples
+
+    def share(sample: _Sample) -> float:
+        tok_s = sample.tokens / sample.own["seconds"]
+        if phase == "prefill":
+            return float(tok_s * facts["ternary_weights"] / (sample.gmac_s * 1e9))
+        return float(tok_s * facts["decode_bytes"] / (sample.gb_s * 1e9))
+
+    return {
         "phase": phase,
         "tokens": tokens,
         "batch": 1,
-        "tok_s": tok_s,
-        "roofline_share": share,
-        "probe_gb_s": gb_s,
-        "probe_gmac_s": gmac_s,
+        "tok_s": statistics.median(s.tokens / s.own["seconds"] for s in clean),
+        "roofline_share": statistics.median(map(share, clean)),
+        "probe_gb_s": statistics.median(s.gb_s for s in clean),
+        "probe_gmac_s": statistics.median(s.gmac_s for s in clean),
         "head_bits": facts["head_bits"],
         "weight_bits": facts["weight_bits"],
         "peak_rss_bytes": own.ask(memory=True)["peak_rss_bytes"],
-        "first_token_s": _median(ours, "first_token_s"),
+        "first_token_s": statistics.median(s.first_token_s for s in clean),
         "versus": None,
     }
-    if peer is not None:
-        peer_tok_s = tokens / _median(theirs, "seconds")
-        record["versus"] = {
-            "name": "llama.cpp",
-            "format": peer_format,
-            "tok_s": peer_tok_s,
-            "ratio": tok_s / peer_tok_s,
-        }
-    return record
 
 
-def _median(samples: list[dict[str, Any]], key: str) -> float:
-    clean = [s for s in samples if s.get("cpu_share", 1.0) >= UNDISTURBED]
-    if not clean:
-        logger.warning("the machine was busy during every sample; the figures say little")
-    return float(statistics.median(s[key] for s in clean or samples))
+def _versus(form: str | None, tok_s: float, samples: list[_Sample]) -> dict[str, Any]:
+    theirs = [(s.tokens, s.peer) for s in samples if s.peer is not None]
+    clean = [(n, p) for n, p in theirs if p["cpu_share"] >= UNDISTURBED] or theirs
+    peer_tok_s = statistics.median(n / p["seconds"] for n, p in clean)
+    return {"name": "llama.cpp", "format": form, "tok_s": peer_tok_s, "ratio": tok_s / peer_tok_s}
 
 
 def _check_peer(versus: str, shape: str | None) -> None:
@@ -219,9 +183,3 @@ def _check_peer(versus: str, shape: str | None) -> None:
                 f"--versus llama.cpp needs {package}, which is built from source; install it with: "
                 "pip install 'bitdistill[peer]'"
             )
-
-
-def _peer(shape: str | None, threads: int, peer_format: str | None) -> Worker | None:
-    if peer_format is None:
-        return None
-    return Worker("bitdistill.engine.bench_peer", {"shape": shape, "threads": threads, "form": peer_format})

@@ -4,8 +4,6 @@ Ternary matrices are TQ2_0 (or everything bf16), the tied embedding and head Q8_
 """
 
 import ctypes
-import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -13,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .bench_worker import DECODE_PROMPT, serve
+from .bench_process import serve
+from .bench_worker import Stopwatch
 from .shapes import find_shape, linears
 
 _NAMES = {
@@ -132,19 +131,13 @@ class LlamaCpp:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request of the protocol."""
-        self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
-        phase, tokens = request["phase"], request["tokens"]
-        if phase == "decode":
-            self._read(DECODE_PROMPT)
-        started, cpu = time.perf_counter(), time.thread_time()
-        for count in [tokens] if phase == "prefill" else [1] * tokens:
-            self._read(count)
-        seconds = time.perf_counter() - started
-        return {"seconds": seconds, "cpu_share": (time.thread_time() - cpu) / seconds}
+        if "prefill" in request:
+            self.lib.llama_memory_clear(self.lib.llama_get_memory(self.context), True)
+        with Stopwatch() as watch:
+            for count in [request["prefill"]] if "prefill" in request else [1] * request["decode"]:
+                self._read(count)
+        return watch.figures()
 
 
 if __name__ == "__main__":
-    try:
-        serve(LlamaCpp(**json.loads(sys.argv[1])))
-    except (ValueError, AttributeError, MemoryError, OSError) as error:
-        print(json.dumps({"error": f"llama.cpp: {error}"}), flush=True)
+    serve(LlamaCpp)

@@ -1,14 +1,10 @@
-"""A process that holds one model and measures it on request, so that a peak of memory is one model's own.
+"""This package's engine as the benchmark drives it; see ``bench_process`` for the protocol.
 
-One JSON request a line on standard input, one JSON answer a line on standard output:
-
-    {"phase": "prefill" | "decode", "tokens": n}  ->  {"seconds", "first_token_s", "cpu_share"}
-    {"probe": true}                               ->  {"gb_s", "gmac_s"}
-    {"memory": true}                              ->  {"peak_rss_bytes"}
+{"prefill": n}    ->  {"seconds", "first_token_s", "cpu_share"}   a new text of n random tokens
+{"decode": n}     ->  {"seconds", "cpu_share"}                    n more tokens of it
+{"memory": true}  ->  {"peak_rss_bytes"}
 """
 
-import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .. import _core
+from .bench_process import serve
 from .loading import PackedModel
 from .shapes import find_shape, random_model, ternary_weights
 
@@ -24,7 +21,7 @@ DECODE_PROMPT = 16
 
 
 class OwnModel:
-    """This package's engine as the benchmark drives it."""
+    """A model and the text it is at."""
 
     def __init__(self, model: str | None, shape: str | None, threads: int, head: str) -> None:
         started = time.perf_counter()
@@ -39,6 +36,8 @@ class OwnModel:
             self.core = random_model(self.shape, head, threads=threads)
         self.load_s = time.perf_counter() - started
         self.rng = np.random.default_rng(0)
+        self.sampler = _core.Sampler()
+        self.session = _core.Session(self.core)
 
     def facts(self) -> dict[str, Any]:
         """What does not change from sample to sample."""
@@ -55,48 +54,41 @@ class OwnModel:
             "decode_bytes": self.core.decode_bytes(DECODE_PROMPT + 64),
         }
 
-    def measure(self, phase: str, tokens: int) -> dict[str, float]:
-        """Seconds of one prefill of ``tokens``, or of decoding ``tokens``."""
-        session = _core.Session(self.core)
-        length = tokens if phase == "prefill" else DECODE_PROMPT
-        prompt = self.rng.integers(0, self.shape["vocab_size"], length).astype(np.int32)
-        started, cpu = time.perf_counter(), time.thread_time()
-        session.forward(prompt)
-        read = time.perf_counter() - started
-        sampler = _core.Sampler()
-        session.decode(sampler, 1)
-        first = time.perf_counter() - started
-        seconds = read
-        if phase == "decode":
-            started, cpu = time.perf_counter(), time.thread_time()
-            session.decode(sampler, tokens)
-            seconds = time.perf_counter() - started
-        share = (time.thread_time() - cpu) / max(1e-9, time.perf_counter() - started)
-        return {"seconds": seconds, "first_token_s": first, "cpu_share": share}
-
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request of the protocol."""
-        if request.get("probe"):
-            return {
-                "gb_s": _core.probe_bandwidth(self.core.threads, 0.2),
-                "gmac_s": _core.probe_int8(self.core.threads, 0.15),
-            }
-        if request.get("memory"):
+        if "memory" in request:
             return {"peak_rss_bytes": _core.memory_usage()["peak_resident"]}
-        return self.measure(request["phase"], request["tokens"])
+        if "prefill" in request:
+            return self._prefill(request["prefill"])
+        with Stopwatch() as watch:
+            self.session.decode(self.sampler, request["decode"])
+        return watch.figures()
+
+    def _prefill(self, tokens: int) -> dict[str, Any]:
+        self.session = _core.Session(self.core)
+        prompt = self.rng.integers(0, self.shape["vocab_size"], tokens).astype(np.int32)
+        with Stopwatch() as watch:
+            self.session.forward(prompt)
+        with Stopwatch() as after:
+            self.session.decode(self.sampler, 1)
+        return watch.figures() | {"first_token_s": watch.seconds + after.seconds}
 
 
-def serve(worker: Any) -> None:
-    """Answer requests until standard input ends."""
-    print(json.dumps(worker.facts()), flush=True)
-    for line in sys.stdin:
-        print(json.dumps(worker.answer(json.loads(line))), flush=True)
+class Stopwatch:
+    """Seconds of a block, and the share of them that its thread had a CPU."""
+
+    def __enter__(self) -> "Stopwatch":
+        self._started, self._cpu = time.perf_counter(), time.thread_time()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds = time.perf_counter() - self._started
+        self.cpu_s = time.thread_time() - self._cpu
+
+    def figures(self) -> dict[str, float]:
+        """As the protocol names them."""
+        return {"seconds": self.seconds, "cpu_share": self.cpu_s / max(1e-9, self.seconds)}
 
 
 if __name__ == "__main__":
-    from ..errors import BitDistillError
-
-    try:
-        serve(OwnModel(**json.loads(sys.argv[1])))
-    except (BitDistillError, ValueError, RuntimeError, MemoryError) as error:
-        print(json.dumps({"error": str(error) or "not enough memory"}), flush=True)
+    serve(OwnModel)
