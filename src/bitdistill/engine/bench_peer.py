@@ -1,6 +1,7 @@
 """llama.cpp behind the protocol of ``bench_worker``: random weights of a shape in a GGUF file, one format a process.
 
-Ternary matrices are TQ2_0 (or everything bf16), the tied embedding and head Q8_0 beside TQ2_0.
+Ternary matrices are TQ2_0 (or everything bf16), the tied embedding and head Q6_K beside TQ2_0, as llama-quantize makes
+them.
 """
 
 import ctypes
@@ -53,10 +54,9 @@ def write_gguf(path: Path, shape: dict[str, Any], form: str) -> None:
         if kind == "BF16":
             # Bit patterns of values near 1/64: the speed does not depend on them.
             data = rng.integers(0x3C00, 0x3C80, (rows, columns), dtype=np.uint16).view(np.uint8)
-        elif kind == "Q8_0":
-            data = np.zeros((rows, columns // 32, 34), np.uint8)
-            data[..., :2] = np.array([0.01], np.float16).view(np.uint8)
-            data[..., 2:] = rng.integers(0, 256, (rows, columns // 32, 32), dtype=np.uint8)
+        elif kind == "Q6_K":  # 256 weights: 192 bytes of 6-bit codes, 16 int8 scales, the scale of these
+            data = rng.integers(0, 256, (rows, columns // 256, 210), dtype=np.uint8)
+            data[..., 208:] = np.array([1e-4], np.float16).view(np.uint8)
         else:  # 256 weights: 64 bytes of 2-bit codes in {0, 1, 2}, then the scale
             data = np.zeros((rows, columns // 256, 66), np.uint8)
             codes = rng.integers(0, 3, (rows, columns // 256, 64, 4), dtype=np.uint8)
@@ -68,7 +68,7 @@ def write_gguf(path: Path, shape: dict[str, Any], form: str) -> None:
         writer.add_tensor(name, np.ones(size, np.float32))
 
     matrix(
-        "token_embd.weight", shape["vocab_size"], shape["hidden_size"], "Q8_0" if form == "TQ2_0" else form
+        "token_embd.weight", shape["vocab_size"], shape["hidden_size"], "Q6_K" if form == "TQ2_0" else form
     )
     vector("output_norm.weight", shape["hidden_size"])
     for layer in range(shape["num_hidden_layers"]):
