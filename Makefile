@@ -26,6 +26,7 @@ demo-seeds: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check src tests benchmarks
 	$(BIN)/ruff format --check src tests benchmarks
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cc csrc/*.h csrc/kernels/*
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

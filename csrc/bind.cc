@@ -158,9 +158,8 @@ void bind_model(nb::module_& m) {
           "__init__",
           [](Config* self, size_t vocab_size, size_t hidden_size, size_t intermediate_size, size_t num_hidden_layers,
              size_t num_attention_heads, size_t num_key_value_heads, size_t head_dim, size_t max_context,
-             double rms_norm_eps, const std::string& hidden_act, const std::vector<double>& inv_freq,
-             double rope_scale, bool tie_word_embeddings, std::optional<size_t> block_size,
-             const std::string& activation_rounding) {
+             double rms_norm_eps, const std::string& hidden_act, const std::vector<double>& inv_freq, double rope_scale,
+             bool tie_word_embeddings, std::optional<size_t> block_size, const std::string& activation_rounding) {
             Config config;
             config.vocab_size = vocab_size;
             config.hidden_size = hidden_size;
@@ -234,8 +233,8 @@ void bind_session(nb::module_& m) {
       .def("score", &score, "tokens"_a, "first"_a = 1)
       .def("decode", &decode, "sampler"_a, "max_new_tokens"_a, "stop"_a = std::vector<int32_t>())
       .def(
-          "truncate",
-          [](Session& self, int64_t position) { self.truncate(not_negative("position", position)); }, "position"_a)
+          "truncate", [](Session& self, int64_t position) { self.truncate(not_negative("position", position)); },
+          "position"_a)
       .def("forward_tapped", &forward_tapped, "tokens"_a);
 }
 

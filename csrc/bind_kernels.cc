@@ -98,8 +98,8 @@ nb::object ternary_dot(const ArrayIn<uint8_t, 4>& packed, size_t rows, size_t co
     if (kernel == "gemv") {
       std::vector<int32_t> dot(m.padded_rows());
       for (size_t t = 0; t < tokens; ++t) {
-        room.gemv(segment, m.row_blocks(), m.stride(), m.groups,
-                  in.code + t * in.shape.stride() + s * in.shape.padded, in.sums[s * tokens + t], dot.data());
+        room.gemv(segment, m.row_blocks(), m.stride(), m.groups, in.code + t * in.shape.stride() + s * in.shape.padded,
+                  in.sums[s * tokens + t], dot.data());
         for (size_t b = 0; b < m.row_blocks(); ++b) keep(t, s, b, dot.data() + b * kRowBlock);
       }
       continue;
@@ -172,8 +172,9 @@ nb::object norm_quantize(const ArrayIn<float, 2>& x, const std::optional<FloatVe
   for (size_t t = 0; t < tokens; ++t) {
     room.rms_norm(x.data() + t * n, gain ? gain->data() : nullptr, static_cast<float>(eps), n, normed.data());
     int32_t sum;
-    scale.data()[t] = room.quantize(normed.data(), n, n, n, rounding == "divide" ? Rounding::divide : Rounding::multiply,
-                                    code.data() + t * n, &sum);
+    scale.data()[t] =
+        room.quantize(normed.data(), n, n, n, rounding == "divide" ? Rounding::divide : Rounding::multiply,
+                      code.data() + t * n, &sum);
   }
   return nb::make_tuple(code.cast(), scale.cast());
 }
@@ -183,9 +184,11 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
   const KernelTable& room = room_named(isa);
   const size_t tokens = query.shape(0), heads = query.shape(1), dim = query.shape(2);
   const size_t positions = key.shape(0), kv = key.shape(1);
-  require(dim >= 1 && key.shape(2) == dim && value.shape(2) == dim, "query, key and value must share the last dimension");
+  require(dim >= 1 && key.shape(2) == dim && value.shape(2) == dim,
+          "query, key and value must share the last dimension");
   require(value.shape(0) == positions && value.shape(1) == kv, "key and value must have one shape");
-  require(kv >= 1 && heads % kv == 0 && tokens >= 1 && tokens <= positions, "heads must be a multiple of KV heads, M <= T");
+  require(kv >= 1 && heads % kv == 0 && tokens >= 1 && tokens <= positions,
+          "heads must be a multiple of KV heads, M <= T");
   Config config;
   config.num_hidden_layers = 1;
   config.num_key_value_heads = kv;
@@ -246,8 +249,9 @@ nb::object head_logits(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::
     throw std::invalid_argument("weight must be float32, uint16 (bf16) or int8");
   }
   require(x.shape(1) == head.columns, "x must have as many columns as weight");
-  require((head.dtype == DType::i8) == weight_scale.has_value() && (!weight_scale || weight_scale->shape(0) == head.rows),
-          "int8 weights, and no others, come with one scale for each row");
+  require(
+      (head.dtype == DType::i8) == weight_scale.has_value() && (!weight_scale || weight_scale->shape(0) == head.rows),
+      "int8 weights, and no others, come with one scale for each row");
   require(head.columns <= size_t{1} << 16, "weight must have at most 65536 columns");
   head.data = static_cast<const uint8_t*>(weight.data());
   head.scale = weight_scale ? weight_scale->data() : nullptr;
@@ -259,8 +263,9 @@ nb::object head_logits(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::
 nb::object pack_random(size_t rows, size_t columns, size_t block_size, uint64_t seed) {
   require(rows >= 1 && columns >= 1 && columns <= kMaxFeatures, "rows and columns must be positive, columns <= 2^18");
   const CodeShape shape = code_shape(columns, block_size, kFileGroup);
-  TensorEntry entry{"packed", DType::u8, {ceil_div(rows, kRowBlock), shape.segments, shape.padded / kFileGroup, kGroupBytes},
-                    0, 0, std::nullopt};
+  TensorEntry entry{
+      "packed", DType::u8, {ceil_div(rows, kRowBlock), shape.segments, shape.padded / kFileGroup, kGroupBytes},
+      0,        0,         std::nullopt};
   ArrayOut<uint8_t> out(entry.shape);
   random_source(seed)->read(entry, 0, entry.shape[0] * entry.shape[1] * entry.shape[2] * kGroupBytes, out.data());
   return out.cast();

@@ -11,8 +11,8 @@ void require(bool condition, const std::string& message) {
 }
 
 void require_range(const char* field, size_t value, size_t most) {
-  require(value >= 1 && value <= most, std::string(field) + " = " + std::to_string(value) + " is not in 1.." +
-                                           std::to_string(most));
+  require(value >= 1 && value <= most,
+          std::string(field) + " = " + std::to_string(value) + " is not in 1.." + std::to_string(most));
 }
 
 }  // namespace
@@ -37,8 +37,8 @@ void validate(const Config& c) {
   for (const float f : c.inv_freq) require(std::isfinite(f), "inv_freq holds a value that is not finite");
   require(std::isfinite(c.rope_scale), "rope_scale is not finite");
   require(std::isfinite(c.rms_norm_eps) && c.rms_norm_eps >= 0, "rms_norm_eps is not a finite, non-negative number");
-  require(c.block_size <= kMaxFeatures, "block_size = " + std::to_string(c.block_size) + " is above " +
-                                            std::to_string(kMaxFeatures));
+  require(c.block_size <= kMaxFeatures,
+          "block_size = " + std::to_string(c.block_size) + " is above " + std::to_string(kMaxFeatures));
 }
 
 }  // namespace bitdistill

@@ -21,7 +21,8 @@ class LayerPass {
       inputs_[i] = input_for(*linears[i], alone, i);
       same_as_[i] = i;
       for (size_t j = 0; j < i; ++j) {
-        if (!linears[i]->norm && !linears[j]->norm && linears[i]->is_ternary == linears[j]->is_ternary) same_as_[i] = same_as_[j];
+        if (!linears[i]->norm && !linears[j]->norm && linears[i]->is_ternary == linears[j]->is_ternary)
+          same_as_[i] = same_as_[j];
       }
       inputs_[i] = inputs_[same_as_[i]];
     }
@@ -169,7 +170,8 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
   const KernelTable& room = model.room();
   worker.deal(chunk.count, kTokensDealt, [&](Range tokens) {
     for (size_t t = tokens.begin; t < tokens.end; ++t) {
-      table_row(room, model.embedding(), static_cast<size_t>(chunk.tokens[t]), work.state.data() + t * work.state_stride);
+      table_row(room, model.embedding(), static_cast<size_t>(chunk.tokens[t]),
+                work.state.data() + t * work.state_stride);
     }
   });
   worker.barrier();
@@ -219,9 +221,8 @@ void run_head(const Model& model, size_t first, size_t count, Workspace& work, f
     tap_states(work, "model.norm", normed, count, config.hidden_size, config.hidden_size);
   }
   const HeadInput input(model.head(), normed, count);
-  worker.deal(config.vocab_size, kHeadRowsDealt, [&](Range rows) {
-    head_rows(model.room(), model.head(), input, rows, logits);
-  });
+  worker.deal(config.vocab_size, kHeadRowsDealt,
+              [&](Range rows) { head_rows(model.room(), model.head(), input, rows, logits); });
 }
 
 }  // namespace bitdistill

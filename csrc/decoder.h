@@ -1,6 +1,6 @@
-// The forward pass of one chunk of tokens, run by every thread side by side (SPMD): each takes its share of a phase, and
-// barriers divide the phases. For one token, cheap work (norms, quantisation) is done by every thread for itself, which
-// saves a barrier; the order of all sums is the same for any number of threads, and so are the results.
+// The forward pass of one chunk of tokens, run by every thread side by side (SPMD): each takes its share of a phase,
+// and barriers divide the phases. For one token, cheap work (norms, quantisation) is done by every thread for itself,
+// which saves a barrier; the order of all sums is the same for any number of threads, and so are the results.
 #pragma once
 
 #include "kv_cache.h"

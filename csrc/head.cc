@@ -40,8 +40,8 @@ HeadInput::HeadInput(const DenseMatrix& head, const float* states, size_t count)
 void head_rows(const KernelTable& room, const DenseMatrix& head, const HeadInput& input, Range rows, float* logits) {
   if (rows.begin >= rows.end) return;
   if (head.dtype != DType::i8) {
-    room.dense(head.data + rows.begin * head.row_bytes(), head.float_type(), rows.end - rows.begin, head.columns, input.x,
-               head.columns, input.tokens, logits + rows.begin, head.rows);
+    room.dense(head.data + rows.begin * head.row_bytes(), head.float_type(), rows.end - rows.begin, head.columns,
+               input.x, head.columns, input.tokens, logits + rows.begin, head.rows);
     return;
   }
   constexpr size_t kRows = 64;
@@ -54,8 +54,8 @@ void head_rows(const KernelTable& room, const DenseMatrix& head, const HeadInput
       room.dot_i8(codes + row * head.columns, count, head.columns, split.high.data(), split.low.data(), high, low);
       float* out = logits + t * head.rows + row;
       for (size_t r = 0; r < count; ++r) {
-        out[r] = head.scale[row + r] * (static_cast<float>(high[r]) * split.high_scale +
-                                        static_cast<float>(low[r]) * split.low_scale);
+        out[r] = head.scale[row + r] *
+                 (static_cast<float>(high[r]) * split.high_scale + static_cast<float>(low[r]) * split.low_scale);
       }
     }
   }

@@ -4,8 +4,8 @@
 // returning its table. Everything else of a room is local, and no room includes the standard library: an inline
 // function of it, compiled for AVX-512, could be the copy the linker hands to baseline code.
 //
-// Letters: M tokens, N output features (rows of a weight matrix), K input features. A weight matrix lies in row blocks of
-// 32 rows; a row block in segments of features that share a scale (one, unless scales are per block); a segment in
+// Letters: M tokens, N output features (rows of a weight matrix), K input features. A weight matrix lies in row blocks
+// of 32 rows; a row block in segments of features that share a scale (one, unless scales are per block); a segment in
 // groups of 128 bytes (docs/format.md). How many features a group holds is the room's choice: 20 in the file's order
 // (1.6 bits a weight), 16 where two bits a weight decode faster.
 #pragma once
@@ -15,13 +15,13 @@
 
 namespace bitdistill {
 
-constexpr size_t kRowBlock = 32;      // rows of a row block
-constexpr size_t kGroupBytes = 128;   // bytes of a group: 32 rows x 4
-constexpr size_t kFileGroup = 20;     // features of a group in the file's order
+constexpr size_t kRowBlock = 32;           // rows of a row block
+constexpr size_t kGroupBytes = 128;        // bytes of a group: 32 rows x 4
+constexpr size_t kFileGroup = 20;          // features of a group in the file's order
 constexpr size_t kMaxFeatures = 1u << 18;  // K: keeps every int32 accumulator below from overflowing
-constexpr size_t kKeyBlock = 16;      // keys of a block of the key cache
-constexpr size_t kMaxTile = 12;       // tokens of a gemm tile
-constexpr size_t kAttendRows = 16;    // query rows of one call of attend
+constexpr size_t kKeyBlock = 16;           // keys of a block of the key cache
+constexpr size_t kMaxTile = 12;            // tokens of a gemm tile
+constexpr size_t kAttendRows = 16;         // query rows of one call of attend
 
 // CPU features a room may require.
 enum Feature : uint32_t {
@@ -110,12 +110,12 @@ struct KernelTable {
   void (*narrow_f16)(const float* in, size_t n, uint16_t* out);
 
   // out[t * out_stride + r] = sum over k of weight[r * k + ...] * x[t * x_stride + ...] for f32 or bf16 weights.
-  void (*dense)(const void* weights, Float type, size_t rows, size_t k, const float* x, size_t x_stride,
-                size_t tokens, float* out, size_t out_stride);
+  void (*dense)(const void* weights, Float type, size_t rows, size_t k, const float* x, size_t x_stride, size_t tokens,
+                float* out, size_t out_stride);
 
   // Two exact dot products per row of int8 weights: high[r], low[r] with two int8 vectors.
-  void (*dot_i8)(const int8_t* weights, size_t rows, size_t k, const int8_t* high, const int8_t* low,
-                 int32_t* high_dot, int32_t* low_dot);
+  void (*dot_i8)(const int8_t* weights, size_t rows, size_t k, const int8_t* high, const int8_t* low, int32_t* high_dot,
+                 int32_t* low_dot);
 
   // 64 multiply-adds per accumulator and step of the widest int8 dot product, on registers; returns multiply-adds done.
   uint64_t (*probe_int8)(uint64_t steps);

@@ -1,8 +1,9 @@
 // Keys and values of one sequence.
 //
 // Per layer and KV head: keys in blocks of 16 positions, transposed, [position / 16][head_dim][16]; values in rows of
-// padded_head_dim. fp16, or fp32 in exact mode. Room for the whole context is reserved; pages come when written, so memory
-// follows the text (small pages: one huge page in each of layers x heads x 2 regions would be more than short texts need).
+// padded_head_dim. fp16, or fp32 in exact mode. Room for the whole context is reserved; pages come when written, so
+// memory follows the text (small pages: one huge page in each of layers x heads x 2 regions would be more than short
+// texts need).
 #pragma once
 
 #include "config.h"
@@ -19,8 +20,8 @@ class KvCache {
   const void* values(size_t layer, size_t head) const { return value_place(layer, head); }
 
   // Stores one position's key and value of one head; `scratch` holds padded_head_dim halves.
-  void store(const KernelTable& room, size_t layer, size_t head, size_t position, const float* key,
-             const float* value, uint16_t* scratch);
+  void store(const KernelTable& room, size_t layer, size_t head, size_t position, const float* key, const float* value,
+             uint16_t* scratch);
 
   // Bytes of the first `positions` positions.
   uint64_t bytes(size_t positions) const;

@@ -39,8 +39,8 @@ void ternary_block(const KernelTable& room, const Linear& linear, const Input& i
   }
 }
 
-void dense_block(const KernelTable& room, const Linear& linear, const Input& input, size_t row_block,
-                 size_t row_blocks, size_t first, size_t tokens, float* out, size_t out_stride, bool accumulate) {
+void dense_block(const KernelTable& room, const Linear& linear, const Input& input, size_t row_block, size_t row_blocks,
+                 size_t first, size_t tokens, float* out, size_t out_stride, bool accumulate) {
   const DenseMatrix& m = linear.dense;
   alignas(kAlignment) float part[std::max(kMaxTile, kGemvBlocks) * kRowBlock];
   const size_t row = row_block * kRowBlock, rows = std::min(row_blocks * kRowBlock, m.rows - row);

@@ -12,7 +12,7 @@
 namespace bitdistill {
 namespace {
 
-constexpr uint8_t kLastByte = 242;           // five trits: 3^5 - 1
+constexpr uint8_t kLastByte = 242;              // five trits: 3^5 - 1
 constexpr size_t kCopyBytes = size_t{1} << 20;  // of one job
 
 // A piece of a matrix for one thread: `count` bytes at `begin` of the tensor.
@@ -46,7 +46,8 @@ class Loader {
     }
     model_.final_norm_ = vector("model.norm.weight", c.hidden_size);
     model_.layers_.resize(c.num_hidden_layers);  // places are pointed to from here on
-    for (size_t i = 0; i < c.num_hidden_layers; ++i) layer(model_.layers_[i], "model.layers." + std::to_string(i) + ".");
+    for (size_t i = 0; i < c.num_hidden_layers; ++i)
+      layer(model_.layers_[i], "model.layers." + std::to_string(i) + ".");
     if (!entries_.empty()) {
       throw std::invalid_argument(describe(*entries_.begin()->second) + " belongs to no part of this decoder");
     }

@@ -1,8 +1,8 @@
 // What the machine can do at this moment, to state a speed as a share of it.
 #pragma once
 
-#include "thread_pool.h"
 #include "kernel_table.h"
+#include "thread_pool.h"
 
 namespace bitdistill {
 

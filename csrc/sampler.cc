@@ -9,7 +9,8 @@
 namespace bitdistill {
 namespace {
 
-// A token e^30 times less likely than the best is not considered: exp over a whole vocabulary would cost more than a layer.
+// A token e^30 times less likely than the best is not considered: exp over a whole vocabulary would cost more than a
+// layer.
 constexpr double kNegligible = 30;
 
 std::string number(double value) {

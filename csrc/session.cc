@@ -110,13 +110,14 @@ void Session::score(std::span<const int32_t> tokens, size_t first, float* out) {
   const std::lock_guard lock(mutex_);
   check(tokens);
   if (first > tokens.size()) {
-    throw std::invalid_argument("first = " + std::to_string(first) + " is beyond the " +
-                                std::to_string(tokens.size()) + " tokens");
+    throw std::invalid_argument("first = " + std::to_string(first) + " is beyond the " + std::to_string(tokens.size()) +
+                                " tokens");
   }
   const size_t vocabulary = logits_.size(), width = model_->config().hidden_size;
   feed_pending();
   if (first == 0) {
-    if (!has_logits_) throw std::invalid_argument("first = 0: nothing comes before the first token of an empty session");
+    if (!has_logits_)
+      throw std::invalid_argument("first = 0: nothing comes before the first token of an empty session");
     *out++ = log_probability(logits_.data(), vocabulary, tokens[0]);
     first = 1;
   }

@@ -32,7 +32,7 @@ class File final : public TensorSource {
   File(const std::string& path, bool map) : path_(path) {
     descriptor_ = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     if (descriptor_ < 0) fail();
-    struct stat status {};
+    struct stat status{};
     if (fstat(descriptor_, &status) != 0) {
       const int error = errno;
       close(descriptor_);

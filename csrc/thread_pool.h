@@ -1,9 +1,9 @@
 // Threads that run one function side by side, in phases divided by barriers.
 //
 // A decode step has about five phases a layer and lasts milliseconds: waking threads by a condition variable for each
-// phase would cost as much as the work. Between phases a thread spins for a while and then sleeps, so that a busy machine
-// gets its core back. Work is dealt in chunks: a core that is slower than the others, or lent to another program for
-// a moment, does less of a phase instead of making all wait.
+// phase would cost as much as the work. Between phases a thread spins for a while and then sleeps, so that a busy
+// machine gets its core back. Work is dealt in chunks: a core that is slower than the others, or lent to another
+// program for a moment, does less of a phase instead of making all wait.
 #pragma once
 
 #include <algorithm>

@@ -1,5 +1,5 @@
-// Buffers of one session, for up to kChunk tokens at a time. Pages come when touched: a session that only decodes pays for
-// one token's worth.
+// Buffers of one session, for up to kChunk tokens at a time. Pages come when touched: a session that only decodes pays
+// for one token's worth.
 #pragma once
 
 #include <map>
@@ -45,15 +45,15 @@ struct Workspace {
   size_t most_segments;
   size_t state_stride, query_stride, key_stride, hidden_stride;
 
-  Array<float> state;     // [tokens][state_stride]: the residual stream
-  Array<float> qkv;       // [tokens][query_stride + 2 * key_stride]
-  Array<float> attended;  // [tokens][query_stride]
-  Array<float> hidden;    // [tokens][hidden_stride]: activation(gate) * up
-  Array<float> cosine, sine;  // [tokens][head_dim / 2]
+  Array<float> state;          // [tokens][state_stride]: the residual stream
+  Array<float> qkv;            // [tokens][query_stride + 2 * key_stride]
+  Array<float> attended;       // [tokens][query_stride]
+  Array<float> hidden;         // [tokens][hidden_stride]: activation(gate) * up
+  Array<float> cosine, sine;   // [tokens][head_dim / 2]
   Array<int8_t> code, packed;  // [kInputs][tokens][widest_codes]
   Array<int32_t> sums;
   Array<float> scale;
-  Array<float> floats;  // [kInputs][tokens][widest], for dense linears
+  Array<float> floats;           // [kInputs][tokens][widest], for dense linears
   std::vector<Scratch> scratch;  // one per thread
   Taps* taps = nullptr;
 };

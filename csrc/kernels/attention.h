@@ -1,8 +1,8 @@
-// Attention of a few query rows against one KV head's cache, with running maximum and sum (arXiv 1805.02867, 2205.14135):
-// memory is bounded by kScoreKeys scores a row, whatever the length of the text.
+// Attention of a few query rows against one KV head's cache, with running maximum and sum (arXiv 1805.02867,
+// 2205.14135): memory is bounded by kScoreKeys scores a row, whatever the length of the text.
 //
-// Keys lie transposed in blocks of 16, so that a vector holds the scores of neighbouring keys and no dot product ends in
-// a horizontal sum. Included by a room after float_ops.h.
+// Keys lie transposed in blocks of 16, so that a vector holds the scores of neighbouring keys and no dot product ends
+// in a horizontal sum. Included by a room after float_ops.h.
 #pragma once
 
 #include "float_ops.h"

@@ -1,6 +1,7 @@
 // Room `avx2`: two bits a weight, maddubs on unsigned weights and signed codes.
 //
-// Sums of pairs stay in int16 lanes for kFlush groups and are then widened: the lanes never saturate, whatever the codes.
+// Sums of pairs stay in int16 lanes for kFlush groups and are then widened: the lanes never saturate, whatever the
+// codes.
 #include <immintrin.h>
 
 #include "attention.h"
@@ -8,8 +9,8 @@
 
 namespace {
 
-using bitdistill::kGroupBytes;
 using bitdistill::KernelTable;
+using bitdistill::kGroupBytes;
 
 struct Avx2 {
   using Reg = __m256;
@@ -127,8 +128,8 @@ inline void row_block(const uint8_t* weights, size_t groups, const int8_t* code,
 }
 
 // All four registers of a group at once: one sequential stream.
-void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code,
-          int32_t code_sum, int32_t* dot) {
+void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code, int32_t code_sum,
+          int32_t* dot) {
   const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
   for (size_t b = 0; b < row_blocks; ++b) {
     const uint8_t* w = weights + b * stride;
@@ -143,12 +144,12 @@ void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t group
         const __m256i x0 = broadcast(x), x1 = broadcast(x + 4), x2 = broadcast(x + 8), x3 = broadcast(x + 12);
         for (size_t q = 0; q < 4; ++q) {
           const __m256i v = load(w + 32 * q);
-          const __m256i low = _mm256_add_epi16(
-              _mm256_maddubs_epi16(_mm256_and_si256(v, three), x0),
-              _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 2), three), x1));
-          const __m256i high = _mm256_add_epi16(
-              _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), three), x2),
-              _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 6), three), x3));
+          const __m256i low =
+              _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(v, three), x0),
+                               _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 2), three), x1));
+          const __m256i high =
+              _mm256_add_epi16(_mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 4), three), x2),
+                               _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(v, 6), three), x3));
           part[q] = _mm256_add_epi16(part[q], _mm256_add_epi16(low, high));
         }
       }
@@ -221,8 +222,8 @@ uint64_t probe_int8(uint64_t steps) {
       "dec %[left]\n jnz 1b\n"
       : [left] "+r"(left)
       :
-      : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
-        "xmm12", "xmm13", "xmm14", "xmm15");
+      : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
+        "xmm13", "xmm14", "xmm15");
   return rounds * 32 * 32;
 }
 

@@ -1,8 +1,8 @@
-// What both AVX-512 rooms share: the vector type of the float kernels, int8 dot products, probes, and the assembly of the
-// tiles. Included by avx512_vnni.cc and avx512_vbmi.cc only.
+// What both AVX-512 rooms share: the vector type of the float kernels, int8 dot products, probes, and the assembly of
+// the tiles. Included by avx512_vnni.cc and avx512_vbmi.cc only.
 //
-// The integer loops are assembly because gcc 12 spends 6.6 cycles on a 64-byte line where the port limit is 4 (two bits a
-// weight), and 16-20 against 8.4 (1.6 bits): it spills accumulators and moves them around the destructive vpdpbusd.
+// The integer loops are assembly because gcc 12 spends 6.6 cycles on a 64-byte line where the port limit is 4 (two bits
+// a weight), and 16-20 against 8.4 (1.6 bits): it spills accumulators and moves them around the destructive vpdpbusd.
 #pragma once
 
 #include <immintrin.h>
@@ -107,8 +107,8 @@ uint64_t probe_int8(uint64_t steps) {
       "dec %[left]\n jnz 1b\n"
       : [left] "+r"(left)
       :
-      : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11",
-        "xmm12", "xmm13", "xmm14", "xmm15", "xmm16");
+      : "cc", "xmm0", "xmm1", "xmm2", "xmm3", "xmm4", "xmm5", "xmm6", "xmm7", "xmm8", "xmm9", "xmm10", "xmm11", "xmm12",
+        "xmm13", "xmm14", "xmm15", "xmm16");
   return rounds * 16 * 64;
 }
 
@@ -126,6 +126,7 @@ uint64_t probe_read(const uint8_t* data, size_t bytes) {
 // multiplies the weights in zmm26 and zmm27, one dword (four features) a row, by the same features of every token: four
 // codes of each token, side by side at %[x]. Broadcasts alternate between zmm30 and zmm31.
 
+// clang-format off: one instruction a line
 #define BD_TOKEN(offset, broadcast, low, high)                       \
   "vpbroadcastd " #offset "(%[x]), %%zmm" #broadcast "\n"            \
   "vpdpbusd %%zmm" #broadcast ", %%zmm26, %%zmm" #low "\n"           \
@@ -209,6 +210,8 @@ uint64_t probe_read(const uint8_t* data, size_t bytes) {
     default: TILE(12);     \
   }
 
+// clang-format on
+
 struct alignas(64) Bytes64 {
   uint8_t at[64];
 };
@@ -221,10 +224,16 @@ constexpr Bytes64 fill(uint8_t value) {
 
 constexpr Bytes64 kThree = fill(3);
 
-#define BD_AVX512_FLOAT_KERNELS                                                                              \
-  .dequantize = dequantize<Avx512>, .rms_norm = rms_norm<Avx512>, .quantize = quantize<Avx512>,              \
-  .gate = gate<Avx512>, .attend = attend<Avx512, kAttendTile>, .widen = widen<Avx512>,                       \
-  .narrow_f16 = narrow_f16<Avx512>, .dense = dense<Avx512>, .dot_i8 = dot_i8, .probe_int8 = probe_int8,      \
-  .probe_read = probe_read
+// Dot products from sums over masked two-bit fields: field p stands 2p bits too high.
+inline __m512i sum_of_fields(__m512i f0, __m512i f1, __m512i f2, __m512i f3) {
+  const __m512i low = _mm512_add_epi32(f0, _mm512_srai_epi32(f1, 2));
+  const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(f2, 4), _mm512_srai_epi32(f3, 6));
+  return _mm512_add_epi32(low, high);
+}
+
+#define BD_AVX512_FLOAT_KERNELS                                                                                       \
+  .dequantize = dequantize<Avx512>, .rms_norm = rms_norm<Avx512>, .quantize = quantize<Avx512>, .gate = gate<Avx512>, \
+  .attend = attend<Avx512, kAttendTile>, .widen = widen<Avx512>, .narrow_f16 = narrow_f16<Avx512>,                    \
+  .dense = dense<Avx512>, .dot_i8 = dot_i8, .probe_int8 = probe_int8, .probe_read = probe_read
 
 }  // namespace

@@ -1,8 +1,8 @@
 // Room `avx512_vbmi`: 1.6 bits a weight, in the file's order, decoded in registers.
 //
 // A byte v = c0 + 3 c1 + 9 c2 + 27 c3 + 81 c4 splits into r = v mod 81 = min(v, v - 81, v - 162) as unsigned bytes and
-// t = v - r = 81 c4. A 128-entry table turns r into four two-bit fields. A gemv multiplies t and the masked fields as they
-// are, each in an accumulator of its own, and divides at the end: by 4, 16 and 64, and by 81 modulo 2^32.
+// t = v - r = 81 c4. A 128-entry table turns r into four two-bit fields. A gemv multiplies t and the masked fields as
+// they are, each in an accumulator of its own, and divides at the end: by 4, 16 and 64, and by 81 modulo 2^32.
 #include "avx512.h"
 
 namespace {
@@ -36,8 +36,8 @@ static_assert(81u * kInverse81 == 1u);
 // A lane's largest sum: four features a group, weight field at most 128 (c = 2 in bits 6-7), |code| <= 128.
 static_assert(bitdistill::kMaxFeatures / kFileGroup * 4 * 128 * 128 <= INT32_MAX, "a gemv accumulator holds its sum");
 
-void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code,
-          int32_t code_sum, int32_t* dot) {
+void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code, int32_t code_sum,
+          int32_t* dot) {
   const __m512i inverse81 = _mm512_set1_epi32(static_cast<int32_t>(kInverse81));
   const __m512i sum = _mm512_set1_epi32(code_sum);
   for (size_t b = 0; b < row_blocks; ++b) {
@@ -113,10 +113,7 @@ void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t group
         : "cc", "memory", "xmm10", "xmm11", "xmm12", "xmm13", "xmm14", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19",
           "xmm20", "xmm21", "xmm22", "xmm24", "xmm25", "xmm26", "xmm27", "xmm28", "xmm29", "xmm30", "xmm31");
     const auto combine = [&](__m512i f0, __m512i f1, __m512i f2, __m512i f3, __m512i t) {
-      const __m512i low = _mm512_add_epi32(f0, _mm512_srai_epi32(f1, 2));
-      const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(f2, 4), _mm512_srai_epi32(f3, 6));
-      const __m512i last = _mm512_sub_epi32(_mm512_mullo_epi32(t, inverse81), sum);
-      return _mm512_add_epi32(_mm512_add_epi32(low, high), last);
+      return _mm512_add_epi32(sum_of_fields(f0, f1, f2, f3), _mm512_sub_epi32(_mm512_mullo_epi32(t, inverse81), sum));
     };
     const __m512i first = combine(a0, a1, a2, a3, a4), second = combine(b0, b1, b2, b3, b4);
     _mm512_storeu_si512(dot + b * kRowBlock, first);
@@ -124,8 +121,9 @@ void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t group
   }
 }
 
-// r of the two lines into zmm24-25, t / 81 into zmm26-27 (81 >> 6 = 1, 162 >> 6 = 2), then the fields of r into zmm24-25
-// after the step on t.
+// r of the two lines into zmm24-25, t / 81 into zmm26-27 (81 >> 6 = 1, 162 >> 6 = 2), then the fields of r into
+// zmm24-25 after the step on t.
+// clang-format off: one instruction a line
 #define BD_DECODE                                 \
   "vmovdqu64 (%[w]), %%zmm26\n"                   \
   "vmovdqu64 64(%[w]), %%zmm27\n"                 \
@@ -159,6 +157,7 @@ void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t group
                  [three] "m"(kThree)                                                                             \
                : BD_ALL_ZMM);                                                                                    \
   break
+// clang-format on
 
 void gemm(const uint8_t* weights, size_t groups, const int8_t* code, size_t tokens, const int32_t* code_sum,
           int32_t* dot) {

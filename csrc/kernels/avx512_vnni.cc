@@ -11,8 +11,8 @@ using bitdistill::KernelTable;
 // A lane's largest sum: four features a group, weight field at most 128 (c = 2 in bits 6-7), |code| <= 128.
 static_assert(bitdistill::kMaxFeatures / kFieldGroup * 4 * 128 * 128 <= INT32_MAX, "a gemv accumulator holds its sum");
 
-void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code,
-          int32_t code_sum, int32_t* dot) {
+void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code, int32_t code_sum,
+          int32_t* dot) {
   const __m512i sum = _mm512_set1_epi32(code_sum);
   for (size_t b = 0; b < row_blocks; ++b) {
     const uint8_t* w = weights + b * stride;
@@ -66,17 +66,12 @@ void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t group
         : [three] "m"(kThree)
         : "cc", "memory", "xmm10", "xmm11", "xmm12", "xmm13", "xmm15", "xmm16", "xmm17", "xmm18", "xmm19", "xmm20",
           "xmm24", "xmm25", "xmm26", "xmm27");
-    const auto combine = [&](__m512i f0, __m512i f1, __m512i f2, __m512i f3) {
-      const __m512i low = _mm512_add_epi32(f0, _mm512_srai_epi32(f1, 2));
-      const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(f2, 4), _mm512_srai_epi32(f3, 6));
-      return _mm512_sub_epi32(_mm512_add_epi32(low, high), sum);
-    };
-    const __m512i first = combine(a0, a1, a2, a3), second = combine(b0, b1, b2, b3);
-    _mm512_storeu_si512(dot + b * kRowBlock, first);
-    _mm512_storeu_si512(dot + b * kRowBlock + 16, second);
+    _mm512_storeu_si512(dot + b * kRowBlock, _mm512_sub_epi32(sum_of_fields(a0, a1, a2, a3), sum));
+    _mm512_storeu_si512(dot + b * kRowBlock + 16, _mm512_sub_epi32(sum_of_fields(b0, b1, b2, b3), sum));
   }
 }
 
+// clang-format off: one instruction a line
 #define BD_TILE(tokens)                                                                                              \
   asm volatile(BD_ZERO_##tokens ".p2align 5\n"                                                                       \
                "1:\n"                                                                                                \
@@ -88,6 +83,7 @@ void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t group
                : [sum] "r"(code_sum), [dot] "r"(dot), [three] "m"(kThree)                                            \
                : BD_ALL_ZMM);                                                                                        \
   break
+// clang-format on
 
 void gemm(const uint8_t* weights, size_t groups, const int8_t* code, size_t tokens, const int32_t* code_sum,
           int32_t* dot) {

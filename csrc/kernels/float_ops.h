@@ -2,9 +2,9 @@
 // tails and for the scalar room. Included by a room after its vector type; everything here is local to the room.
 //
 // V has: Reg, kWidth, set, load, store, add, sub, mul, div, max, fma (a * b + c), abs, round (to nearest, ties to
-// even), pow2 (2^n for integral n in [-126, 127]), load_bf16, load_f16, store_f16, store_i8 (of integral values in int8's
-// range), sum, highest. Loads and stores need no alignment. Rooms are compiled with -ffp-contract=off: what is fused is
-// said, so that a tail rounds as the vectors do.
+// even), pow2 (2^n for integral n in [-126, 127]), load_bf16, load_f16, store_f16, store_i8 (of integral values in
+// int8's range), sum, highest. Loads and stores need no alignment. Rooms are compiled with -ffp-contract=off: what is
+// fused is said, so that a tail rounds as the vectors do.
 #pragma once
 
 #include "../kernel_table.h"
@@ -85,7 +85,9 @@ struct Scalar {
   }
   static Reg load_f16(const uint16_t* p) { return f16_to_float(*p); }
   static void store_f16(uint16_t* p, Reg x) { *p = float_to_f16(x); }
-  static void store_i8(int8_t* p, Reg x) { *p = static_cast<int8_t>(x > -128.0f ? (x < 127.0f ? x : 127.0f) : -128.0f); }
+  static void store_i8(int8_t* p, Reg x) {
+    *p = static_cast<int8_t>(x > -128.0f ? (x < 127.0f ? x : 127.0f) : -128.0f);
+  }
   static float sum(Reg a) { return a; }
   static float highest(Reg a) { return a; }
 };
@@ -148,8 +150,8 @@ float quantize(const float* x, size_t n, size_t segment, size_t padded, Rounding
     float total = 0;
     each<V>(count, [&]<class W>(size_t i) {
       const auto v = W::load(in + i);
-      const auto rounded = W::round(rounding == Rounding::divide ? W::div(v, W::set(scale))
-                                                                 : W::mul(v, W::set(inverse)));
+      const auto rounded =
+          W::round(rounding == Rounding::divide ? W::div(v, W::set(scale)) : W::mul(v, W::set(inverse)));
       W::store_i8(code + i, rounded);
       if constexpr (W::kWidth == V::kWidth) {
         totals = W::add(totals, rounded);
@@ -285,8 +287,8 @@ inline void dense_tile(const uint8_t* weights, size_t row_bytes, size_t k, const
 }
 
 template <class V, Float kType>
-void dense_typed(const void* weights, size_t rows, size_t k, const float* x, size_t x_stride, size_t tokens,
-                 float* out, size_t out_stride) {
+void dense_typed(const void* weights, size_t rows, size_t k, const float* x, size_t x_stride, size_t tokens, float* out,
+                 size_t out_stride) {
   const size_t row_bytes = k * (kType == Float::f32 ? 4 : 2);
   const auto* w = static_cast<const uint8_t*>(weights);
   for (size_t r = 0; r < rows; r += 4) {

@@ -3,9 +3,9 @@
 
 namespace {
 
+using bitdistill::KernelTable;
 using bitdistill::kFileGroup;
 using bitdistill::kGroupBytes;
-using bitdistill::KernelTable;
 
 // Adds the dot products of one group of one row with 20 codes, for weights c = code + 1.
 inline int32_t group_dot(const uint8_t* bytes, const int8_t* code) {
@@ -17,8 +17,8 @@ inline int32_t group_dot(const uint8_t* bytes, const int8_t* code) {
   return dot;
 }
 
-void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code,
-          int32_t code_sum, int32_t* dot) {
+void gemv(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code, int32_t code_sum,
+          int32_t* dot) {
   for (size_t b = 0; b < row_blocks; ++b) {
     for (size_t r = 0; r < kRowBlock; ++r) {
       const uint8_t* row = weights + b * stride + 4 * r;
