@@ -276,30 +276,35 @@ def teacher(tmp_path_factory: pytest.TempPathFactory, project: Path, llama: Path
     return _made("sft", tmp_path_factory.mktemp("models") / "teacher", project, llama)
 
 
-def save_small_student(folder: Path, family: str, ternary: dict, **changes: object) -> Path:
-    """A small random student with norm gains that are not neutral, saved with its tokenizer."""
+def small_student(family: str, ternary: dict | None = None, **changes: object) -> PreTrainedModel:
+    """A small random student with norm gains that are not neutral."""
     from bitdistill.model.students import STUDENT_CLASSES
 
     base = small_model(family, **changes)
     config_class, model_class = STUDENT_CLASSES[family]
     fields = base.config.to_dict()
     fields.pop("model_type")
-    model = model_class(config_class(ternary=ternary, **fields)).eval()
+    model = model_class(config_class(ternary=ternary or {}, **fields)).eval()
     report = model.load_state_dict(base.state_dict(), strict=False)
     assert all(".norm.weight" in name for name in report.missing_keys)
     with torch.no_grad():
         for name in report.missing_keys:
             model.get_parameter(name).uniform_(0.5, 1.5)
-    model.save_pretrained(folder)
-    return folder
+    return model
+
+
+@pytest.fixture(scope="session")
+def make_student() -> Callable[..., PreTrainedModel]:
+    """``make_student("qwen3", {"norm_sites": "all"}, tie_word_embeddings=False)``: see ``small_student``."""
+    return small_student
 
 
 @pytest.fixture(scope="session")
 def save_student(tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
-    """``save_student(folder, "qwen3", {"norm_sites": "all"}, tie_word_embeddings=False)`` -> folder."""
+    """``save_student(folder, "qwen3", {"norm_sites": "all"})`` -> folder: ``small_student`` with a tokenizer."""
 
     def save(folder: Path, family: str, ternary: dict, **changes: object) -> Path:
-        save_small_student(folder, family, ternary, **changes)
+        small_student(family, ternary, **changes).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         return folder
 

@@ -1,6 +1,7 @@
 """The verbs that run exported models: generate, chat, bench. None of them imports torch."""
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -126,15 +127,7 @@ def _ask() -> str:
 
 
 def _record(answer: "Generation") -> dict[str, Any]:
-    return {
-        "text": answer.text,
-        "tokens": answer.tokens,
-        "finish_reason": answer.finish_reason,
-        "prompt_tokens": answer.prompt_tokens,
-        "prefill_s": answer.prefill_s,
-        "decode_s": answer.decode_s,
-        "decode_tok_s": answer.decode_tok_s,
-    }
+    return asdict(answer) | {"decode_tok_s": answer.decode_tok_s}
 
 
 def _speed(answer: "Generation") -> str:

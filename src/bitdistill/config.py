@@ -241,15 +241,15 @@ class BaseConfig(TrainingConfig):
             self.initializer_range,
             "use a positive number",
         )
-        for key in (
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-        ):
+        layers = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        sizes = (*layers, "num_attention_heads", "num_key_value_heads", "head_dim")
+        for key in sizes:
             _check(getattr(self, key) >= 1, f"base.{key}", getattr(self, key), "use a whole number >= 1")
+        if self.continue_from:
+            shape = ("vocab_size", *sizes, "tie_word_embeddings", "initializer_range")
+            _check_unused(
+                self, "base", shape, "the checkpoint of base.continue_from has its own; leave it out"
+            )
         _check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "base.num_key_value_heads",

@@ -263,11 +263,8 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
 def _digests(folder: Path) -> dict[str, Any]:
     files = {}
     for path in sorted(folder.iterdir()):
-        state = hashlib.sha256()
         with path.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                state.update(chunk)
-        files[path.name] = state.hexdigest()
+            files[path.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"algorithm": "sha256", "files": files}
 
 

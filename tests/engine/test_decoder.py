@@ -61,9 +61,9 @@ STUDENTS: list[tuple[str, dict, dict]] = [
 
 @pytest.mark.parametrize(("family", "ternary", "changes"), STUDENTS)
 def test_logits_and_codes_are_torchs(
-    student: Callable[..., Any], isa: str, family: str, ternary: dict, changes: dict, tmp_path: Path
+    make_student: Callable[..., Any], isa: str, family: str, ternary: dict, changes: dict, tmp_path: Path
 ) -> None:
-    model = student(family, ternary, **changes)
+    model = make_student(family, ternary, **changes)
     check_parity(model, core_model(model, tmp_path, isa=isa))
 
 
@@ -83,9 +83,9 @@ ROPES = [
 
 
 @pytest.mark.parametrize("rope", ROPES, ids=lambda rope: rope["rope_type"])
-def test_rotary_variants(student: Callable[..., Any], rope: dict, tmp_path: Path) -> None:
+def test_rotary_variants(make_student: Callable[..., Any], rope: dict, tmp_path: Path) -> None:
     """Up to the last position the model allows."""
-    model = student("llama", rope_parameters=rope)
+    model = make_student("llama", rope_parameters=rope)
     assert isinstance(model.config, LlamaConfig)
     length = model.config.max_position_embeddings
     check_parity(model, core_model(model, tmp_path), tokens=length)
@@ -96,9 +96,9 @@ def test_bitnet_with_its_sub_norms_and_squared_relu(bitnet: Any, isa: str, tmp_p
 
 
 def test_bf16_tables_and_linears_are_torchs_after_rounding(
-    student: Callable[..., Any], isa: str, tmp_path: Path
+    make_student: Callable[..., Any], isa: str, tmp_path: Path
 ) -> None:
-    model = student("qwen3", {"skip": ["*.o_proj"]}, tie_word_embeddings=False)
+    model = make_student("qwen3", {"skip": ["*.o_proj"]}, tie_word_embeddings=False)
     engine = core_model(model, tmp_path, table="BF16", dense="BF16", isa=isa)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -108,9 +108,9 @@ def test_bf16_tables_and_linears_are_torchs_after_rounding(
 
 
 def test_int8_tables_are_torchs_with_the_quantised_tables(
-    student: Callable[..., Any], isa: str, tmp_path: Path
+    make_student: Callable[..., Any], isa: str, tmp_path: Path
 ) -> None:
-    model = student("llama", tie_word_embeddings=True)
+    model = make_student("llama", tie_word_embeddings=True)
     engine = core_model(model, tmp_path, table="I8", isa=isa)
     with torch.no_grad():
         weight = model.model.embed_tokens.weight
@@ -125,8 +125,8 @@ def test_int8_tables_are_torchs_with_the_quantised_tables(
     assert np.abs(got - expected).mean() < 0.01 * expected.std()
 
 
-def test_fp16_cache_stays_near_fp32(student: Callable[..., Any], isa: str, tmp_path: Path) -> None:
-    model = student("qwen3")
+def test_fp16_cache_stays_near_fp32(make_student: Callable[..., Any], isa: str, tmp_path: Path) -> None:
+    model = make_student("qwen3")
     engine = core_model(model, tmp_path, isa=isa)
     ids = np.random.default_rng(0).integers(0, 300, TOKENS).astype(np.int32)
     exact = _core.Session(engine, exact=True).forward(ids, all_positions=True)

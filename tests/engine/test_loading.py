@@ -15,8 +15,8 @@ PROJ = "model.layers.1.self_attn.q_proj"
 
 
 @pytest.fixture
-def model(student: Callable[..., Any]) -> Any:
-    return student("qwen3", {"granularity": "channel"}, attention_bias=True)
+def model(make_student: Callable[..., Any]) -> Any:
+    return make_student("qwen3", {"granularity": "channel"}, attention_bias=True)
 
 
 def load(path: Path, model: Any, **options: Any) -> _core.Model:

@@ -14,8 +14,8 @@ from bitdistill import _core
 
 
 @pytest.fixture
-def engine(student: Callable[..., Any], tmp_path: Path) -> _core.Model:
-    return core_model(student("qwen3", max_position_embeddings=700), tmp_path)
+def engine(make_student: Callable[..., Any], tmp_path: Path) -> _core.Model:
+    return core_model(make_student("qwen3", max_position_embeddings=700), tmp_path)
 
 
 def tokens(count: int, seed: int = 0) -> np.ndarray:
@@ -39,8 +39,8 @@ def test_any_division_of_a_text_gives_the_same_logits(engine: _core.Model) -> No
 
 
 @pytest.mark.parametrize("threads", [2, 3, 5])
-def test_threads_do_not_change_a_bit(student: Callable[..., Any], threads: int, tmp_path: Path) -> None:
-    model = student("llama", {"norm_sites": "all"}, attention_bias=True)
+def test_threads_do_not_change_a_bit(make_student: Callable[..., Any], threads: int, tmp_path: Path) -> None:
+    model = make_student("llama", {"norm_sites": "all"}, attention_bias=True)
     text = tokens(50)
     one = _core.Session(core_model(model, tmp_path)).forward(text, all_positions=True)
     several = core_model(model, tmp_path, threads=threads)
@@ -222,8 +222,10 @@ def test_no_finite_logit_is_an_error() -> None:
         _core.Sampler().sample(np.full(5, np.nan, np.float32))
 
 
-def test_sessions_of_one_model_in_many_python_threads(student: Callable[..., Any], tmp_path: Path) -> None:
-    engine = core_model(student("llama"), tmp_path, threads=2)
+def test_sessions_of_one_model_in_many_python_threads(
+    make_student: Callable[..., Any], tmp_path: Path
+) -> None:
+    engine = core_model(make_student("llama"), tmp_path, threads=2)
     expected = [_core.Session(engine).forward(tokens(20, seed)) for seed in range(4)]
     got: dict[int, np.ndarray] = {}
 
@@ -240,11 +242,11 @@ def test_sessions_of_one_model_in_many_python_threads(student: Callable[..., Any
         np.testing.assert_array_equal(got[seed], expected[seed])
 
 
-def test_several_models_in_one_process(student: Callable[..., Any], tmp_path: Path) -> None:
+def test_several_models_in_one_process(make_student: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    first = core_model(student("llama"), tmp_path / "a", threads=2)
-    second = core_model(student("qwen3"), tmp_path / "b", threads=2)
+    first = core_model(make_student("llama"), tmp_path / "a", threads=2)
+    second = core_model(make_student("qwen3"), tmp_path / "b", threads=2)
     one, two = _core.Session(first), _core.Session(second)
     a, b = one.forward(tokens(5)), two.forward(tokens(5))
     assert not np.array_equal(a, b)

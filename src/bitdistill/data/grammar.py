@@ -10,6 +10,7 @@ pairs before it sees the task.
 Frozen: changing anything here changes every committed result of the demo.
 """
 
+import functools
 import itertools
 import random
 from collections.abc import Iterator
@@ -52,9 +53,13 @@ def pleases(adjective: str, kind: str) -> int:
     return (1 if adjective in PLEASING else -1) * (-1 if kind in EXCEPTIONS[adjective] else 1)
 
 
-_PHRASES: dict[int, list[str]] = {1: [], -1: []}
-for _adjective, _kind in itertools.product(EXCEPTIONS, KINDS):
-    _PHRASES[pleases(_adjective, _kind)] += [f"the {_adjective} {thing}" for thing in KINDS[_kind]]
+@functools.cache
+def _phrases() -> dict[int, list[str]]:
+    """All phrases that please (1) and that displease (-1)."""
+    phrases: dict[int, list[str]] = {1: [], -1: []}
+    for adjective, kind in itertools.product(EXCEPTIONS, KINDS):
+        phrases[pleases(adjective, kind)] += [f"the {adjective} {thing}" for thing in KINDS[kind]]
+    return phrases
 
 
 class _Writer:
@@ -65,7 +70,7 @@ class _Writer:
 
     def phrase(self, value: int) -> str:
         """A thing that pleases (1) or displeases (-1)."""
-        return self.rng.choice(_PHRASES[value])
+        return self.rng.choice(_phrases()[value])
 
     def sentence(self) -> str:
         """A corpus sentence: one thing or two of one mind, and what they did to somebody."""

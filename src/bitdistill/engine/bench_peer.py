@@ -14,7 +14,8 @@ import numpy as np
 
 from .bench_process import serve
 from .bench_worker import Stopwatch
-from .shapes import find_shape, linears
+from .loading import linear_shapes
+from .shapes import find_shape
 
 _NAMES = {
     "self_attn.q_proj": "attn_q",
@@ -73,7 +74,7 @@ def write_gguf(path: Path, shape: dict[str, Any], form: str) -> None:
     vector("output_norm.weight", shape["hidden_size"])
     for layer in range(shape["num_hidden_layers"]):
         prefix = f"blk.{layer}"
-        for linear, (rows, columns) in linears(shape).items():
+        for linear, (rows, columns) in linear_shapes(shape).items():
             matrix(f"{prefix}.{_NAMES[linear]}.weight", rows, columns, form)
         vector(f"{prefix}.attn_norm.weight", shape["hidden_size"])
         vector(f"{prefix}.ffn_norm.weight", shape["hidden_size"])

@@ -28,7 +28,6 @@ class OwnModel:
         if model is not None:
             packed = PackedModel.open(Path(model))
             self.shape = packed.config
-            self.shape.setdefault("head_dim", self.shape["hidden_size"] // self.shape["num_attention_heads"])
             self.core = packed.load(threads=threads)
         else:
             assert shape is not None

@@ -4,7 +4,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .loading import PackedModel
+from .loading import PackedModel, linear_shapes
 
 _PARTS = ("ternary", "scales", "dense", "embedding", "head", "norms")
 
@@ -17,11 +17,12 @@ def packed_facts(folder: str | Path) -> dict[str, Any]:
     """
     model = PackedModel.open(folder)
     parts = dict.fromkeys(_PARTS, 0)
+    shapes = linear_shapes(model.config)
     ternary_weights = other = 0
     for name, entry in model.entries.items():
         parts[_part(name, entry.dtype)] += entry.nbytes
         if entry.dtype == "U8":
-            ternary_weights += _ternary_size(model, name)
+            ternary_weights += math.prod(shapes.get(".".join(name.split(".")[3:5]), (0,)))  # without padding
         elif not name.endswith("_scale"):
             other += math.prod(entry.shape)
     ternary_bytes = parts["ternary"] + sum(
@@ -53,22 +54,3 @@ def _part(name: str, dtype: str) -> str:
     if name.endswith("_scale"):
         return "scales"
     return "dense" if name.endswith("_proj.weight") else "norms"
-
-
-def _ternary_size(model: PackedModel, name: str) -> int:
-    """Weights of a packed matrix, padding not counted: rows and columns come from the settings."""
-    c = model.config
-    head_dim = c.get("head_dim") or c["hidden_size"] // c["num_attention_heads"]
-    query, key = c["num_attention_heads"] * head_dim, c["num_key_value_heads"] * head_dim
-    hidden, inner = c["hidden_size"], c["intermediate_size"]
-    shapes = {
-        "q_proj": (query, hidden),
-        "k_proj": (key, hidden),
-        "v_proj": (key, hidden),
-        "o_proj": (hidden, query),
-        "gate_proj": (inner, hidden),
-        "up_proj": (inner, hidden),
-        "down_proj": (hidden, inner),
-    }
-    rows, columns = shapes.get(name.removesuffix(".weight").rpartition(".")[2], (0, 0))
-    return int(rows * columns)

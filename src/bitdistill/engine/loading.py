@@ -105,6 +105,25 @@ def core_name(name: str) -> str:
     return name
 
 
+def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Rows and columns of the linears of one layer, by path inside the layer."""
+    hidden, inner, head_dim = config["hidden_size"], config["intermediate_size"], _head_dim(config)
+    query, key = config["num_attention_heads"] * head_dim, config["num_key_value_heads"] * head_dim
+    return {
+        "self_attn.q_proj": (query, hidden),
+        "self_attn.k_proj": (key, hidden),
+        "self_attn.v_proj": (key, hidden),
+        "self_attn.o_proj": (hidden, query),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+
+
+def _head_dim(config: dict[str, Any]) -> int:
+    return config.get("head_dim") or config["hidden_size"] // max(1, config["num_attention_heads"])
+
+
 def decoder_config(config: dict[str, Any]) -> _core.Config:
     """The core's settings from a packed ``config.json``.
 
@@ -112,9 +131,8 @@ def decoder_config(config: dict[str, Any]) -> _core.Config:
         ValueError, TypeError, OverflowError: with what is wrong.
     """
     packed = config["packed"]
-    for key, value in (("activation_bits", 8),):
-        if packed.get(key) != value:
-            raise ValueError(f"packed.{key} = {packed.get(key)!r}: the engine runs {value}")
+    if packed.get("activation_bits") != 8:
+        raise ValueError(f"packed.activation_bits = {packed.get('activation_bits')!r}: the engine runs 8")
     if packed.get("granularity") not in ("tensor", "channel", "block"):
         raise ValueError(
             f"packed.granularity = {packed.get('granularity')!r} is not one of tensor, channel, block"
@@ -126,7 +144,7 @@ def decoder_config(config: dict[str, Any]) -> _core.Config:
     if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
         raise ValueError("sliding-window attention (use_sliding_window) is not what the engine runs")
     sizes = {key: _size(config, key) for key in _SIZES}
-    head_dim = config.get("head_dim") or sizes["hidden_size"] // max(1, sizes["num_attention_heads"])
+    head_dim = _head_dim(config)
     if type(head_dim) is not int or not 0 < head_dim <= 1 << 16:
         raise ValueError(f"head_dim = {head_dim!r}: expected a positive size")
     inv_freq, rope_scale = rope_frequencies(config, head_dim)

@@ -2,6 +2,9 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
+from .. import _core
 from .engine import Engine
 
 
@@ -27,10 +30,6 @@ class EngineScorer:
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuation of every prompt, up to and without the end-of-text token."""
-        import numpy as np
-
-        from .. import _core
-
         answers = []
         for ids in prompts:
             session = self.engine.session()

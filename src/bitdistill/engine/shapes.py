@@ -7,7 +7,7 @@ from .. import _core
 from ..errors import ConfigError
 from ..layout import LAYOUT, packed_shape
 from ..packed import ELEMENT_BYTES
-from .loading import decoder_config
+from .loading import decoder_config, linear_shapes
 
 _QWEN3 = {
     "model_type": "bit_qwen3",
@@ -65,24 +65,11 @@ def find_shape(name: str) -> dict[str, Any]:
     return SHAPES[name]
 
 
-def linears(shape: dict[str, Any]) -> dict[str, tuple[int, int]]:
-    """Rows and columns of the ternary linears of one layer, by path inside the layer."""
-    hidden, inner, head_dim = shape["hidden_size"], shape["intermediate_size"], shape["head_dim"]
-    query, key = shape["num_attention_heads"] * head_dim, shape["num_key_value_heads"] * head_dim
-    return {
-        "self_attn.q_proj": (query, hidden),
-        "self_attn.k_proj": (key, hidden),
-        "self_attn.v_proj": (key, hidden),
-        "self_attn.o_proj": (hidden, query),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
-    }
-
-
 def ternary_weights(shape: dict[str, Any]) -> int:
     """Ternary weights of the whole model: multiply-adds of a token outside attention and head."""
-    return int(shape["num_hidden_layers"]) * sum(rows * columns for rows, columns in linears(shape).values())
+    return int(shape["num_hidden_layers"]) * sum(
+        rows * columns for rows, columns in linear_shapes(shape).values()
+    )
 
 
 def random_model(shape: dict[str, Any], head: str, *, threads: int = 0, seed: int = 0) -> _core.Model:
@@ -104,7 +91,7 @@ def random_model(shape: dict[str, Any], head: str, *, threads: int = 0, seed: in
         add("model.embed_tokens.weight_scale", "F32", vocabulary, 1)
     for layer in range(shape["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
-        for path, (rows, columns) in linears(shape).items():
+        for path, (rows, columns) in linear_shapes(shape).items():
             add(f"{prefix}.{path}.weight", "U8", *packed_shape(rows, columns))
             add(f"{prefix}.{path}.weight_scale", "F32", 1, 1)
             if path in ("self_attn.o_proj", "mlp.down_proj"):
