@@ -103,6 +103,17 @@ def test_eval_in_the_engine_is_torchs(
     assert [found["engine"][k] for k in keys] == [found["torch"][k] for k in keys]
 
 
+def test_perplexity_in_the_engine_is_torchs(
+    cli: Callable[..., Any], packed: tuple, project: Path, student: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for name, arguments in (("engine", (packed[0], "--engine", "--exact")), ("torch", (student,))):
+        outcome = cli("eval", project, *arguments, "--perplexity", "--json", tmp_path / f"{name}.json")
+        assert outcome.status == 0, outcome.err
+        found[name] = json.loads((tmp_path / f"{name}.json").read_text())["perplexity"]
+    assert found["engine"] == pytest.approx(found["torch"], rel=1e-3)
+
+
 def test_a_finished_student_is_recorded_beside_torch_and_full_precision(
     student: Path, teacher: Path, project: Path, tmp_path: Path
 ) -> None:

@@ -435,6 +435,7 @@ def test_settings_that_contradict_each_other_are_refused(document, message):
             'kind = "classification"',
         ),
         ({"sft": {"two_stage_drop": 0.3}}, "sft.two_stage_drop", 0.3, 'schedule = "two_stage"'),
+        ({"base": {"continue_from": "x", "hidden_size": 64}}, "base.hidden_size", 64, "leave it out"),
         (
             {"run": {"methods": ["bitdistill:no_distill+no_logits_kd"]}},
             "run.methods",

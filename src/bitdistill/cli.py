@@ -196,10 +196,12 @@ def evaluate(
         raise ConfigError(f"--split {split}: use test or validation")
     if exact and not engine:
         raise ConfigError("--exact changes the engine's attention cache; give it with --engine")
-    if engine and perplexity:
-        raise ConfigError("--engine --perplexity: the engine is evaluated on tasks; leave out one of the two")
     if perplexity:
-        result: dict[str, Any] = {"perplexity": pipeline.heldout_perplexity(config, source)}
+        if engine:
+            value = deploy.engine_perplexity(config, source, exact=exact)
+        else:
+            value = pipeline.heldout_perplexity(config, source)
+        result: dict[str, Any] = {"perplexity": value}
     else:
         task = load_task(config.task)
         if engine:

@@ -12,7 +12,7 @@ from .data.tasks import Task
 from .engine import Engine, EngineScorer
 from .evaluate import Evaluation
 from .export import export
-from .pipeline import evaluate_scorer, evaluate_step
+from .pipeline import evaluate_scorer, evaluate_step, heldout_sequences
 from .train.loading import load_model, load_tokenizer
 from .train.size import model_size
 
@@ -30,6 +30,18 @@ def evaluate_engine(
     """
     engine = Engine(model, exact=exact)
     return evaluate_scorer(recipe, task, EngineScorer(engine), load_tokenizer(model), split)
+
+
+def engine_perplexity(recipe: Recipe, model: str | Path, *, exact: bool = False) -> float:
+    """Perplexity of an exported model on the part of the corpus that no training step reads.
+
+    Raises:
+        CheckpointError: it is not an exported model, or damaged.
+    """
+    engine = Engine(model, exact=exact)
+    sequences = heldout_sequences(recipe, load_tokenizer(model))
+    rows = (sequences[i]["input_ids"].tolist() for i in range(len(sequences)))
+    return EngineScorer(engine).perplexity(rows)
 
 
 def engine_record(recipe: Recipe, task: Task, student: Path, full_precision: Path) -> dict[str, Any]:

@@ -263,10 +263,14 @@ def evaluate_scorer(
 def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
     """Perplexity of a checkpoint on the part of the corpus that no training step reads."""
     tokenizer = load_tokenizer(source, recipe.revision_of(source))
-    shards = build_shards(recipe.corpus, "heldout", tokenizer, recipe.run_dir / "shards")
-    sequences = PackedSequences(shards, recipe.corpus.sequence_length)
     model = load_model(source, recipe.revision_of(source))
-    return TorchScorer(model, tokenizer).perplexity(sequences)
+    return TorchScorer(model, tokenizer).perplexity(heldout_sequences(recipe, tokenizer))
+
+
+def heldout_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedSequences:
+    """The part of the corpus that no training step reads, packed."""
+    shards = build_shards(recipe.corpus, "heldout", tokenizer, recipe.run_dir / "shards")
+    return PackedSequences(shards, recipe.corpus.sequence_length)
 
 
 def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> dict[str, Any]:

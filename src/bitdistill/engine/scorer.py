@@ -1,6 +1,7 @@
 """An engine as evaluation wants a model: the counterpart of ``TorchScorer`` in ``bitdistill.evaluate``."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -27,6 +28,15 @@ class EngineScorer:
             for index, score in zip(indices, found, strict=True):
                 scores[index] = score
         return scores
+
+    def perplexity(self, sequences: Iterable[Sequence[int]]) -> float:
+        """``exp`` of the mean next-token cross-entropy over sequences of at least two ids."""
+        total, tokens = 0.0, 0
+        for ids in sequences:
+            found = self.engine.session().score(np.array(self.engine.checked(ids), np.int32), 1)
+            total -= float(found.astype(np.float64).sum())
+            tokens += found.size
+        return math.exp(total / tokens)
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuation of every prompt, up to and without the end-of-text token."""
