@@ -1,14 +1,14 @@
 # make demo   the whole method on generated data, in minutes
 # make test   lint, types, import rules, tests
-# make sanitize   the engine core under address and undefined-behaviour sanitizers; not yet part of CI
-# Both set up .venv on first use. PYTHON chooses the interpreter.
+# make test-sanitize   the engine core under address and undefined-behaviour sanitizers
+# All set up .venv on first use. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS := 0 1 2
 DATA ?=
 
-.PHONY: demo demo-seeds test sanitize lint bench clean
+.PHONY: demo demo-seeds test test-sanitize lint bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -36,7 +36,7 @@ test: lint
 # A build of the core beside the installed one. Python itself is not instrumented: the runtime comes in by preload, and
 # leaks, which are Python's at exit, are not looked for.
 SANITIZED := build/sanitize
-sanitize: $(VENV)/installed
+test-sanitize: $(VENV)/installed
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake -G Ninja -S . -B $(SANITIZED) -DBITDISTILL_SANITIZE=ON \
 		-DPython_EXECUTABLE="$(CURDIR)/$(BIN)/python" > $(VENV)/sanitize.log || (cat $(VENV)/sanitize.log; exit 1)
 	PATH="$(CURDIR)/$(BIN):$$PATH" cmake --build $(SANITIZED)

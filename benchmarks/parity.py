@@ -1,12 +1,15 @@
 """How near the engine is to torch: trits, activation codes, greedy text. One JSON report.
 
-    python benchmarks/parity.py STUDENT PROMPTS.txt --tokens 64 --output parity.json
+    python benchmarks/parity.py STUDENT PROMPTS.txt --tokens 64 --recipe RECIPE.toml --output parity.json
 
 The student is exported with float tables and run in exact mode. Trits must be the same and at least 99.9 % of the
 activation codes, each layer of torch being given the states that the engine's layer was given: otherwise one value that
 rounds to the other side of a tie moves every later one, and the count says where the first tie lay. (What is equal
 without that is reported beside it.) Where a greedy text leaves torch's, torch's own two best logits are nearer than
 TOLERANCE at the first such token, or the script fails.
+
+With a recipe, also its task and its held-out text: a decision that differs must be one where torch's two best labels
+are nearer than LABEL_TOLERANCE, and perplexities must agree to 0.1 %.
 """
 
 import argparse
@@ -22,15 +25,25 @@ import torch
 from torch import nn
 
 from bitdistill import Engine, layout
+from bitdistill.config import Recipe
+from bitdistill.data.prompts import PromptEncoder
+from bitdistill.data.tasks import load_task
+from bitdistill.engine import EngineScorer
+from bitdistill.evaluate import TorchScorer
 from bitdistill.export import export, ternary_of
 from bitdistill.model.quant import quantize_int8
 from bitdistill.packed import read_header
+from bitdistill.pipeline import heldout_sequences
+from bitdistill.recipe import load_recipe
 from bitdistill.train.loading import load_model, load_tokenizer
 
 TOLERANCE = 0.02
 """Of the top-2 margin, in standard deviations of the logits: an activation code that falls on the other side of a tie
 moves logits by about this much."""
+LABEL_TOLERANCE = 0.05
+"""Of the margin between the log-likelihoods of two labels, in nats."""
 LEAST_CODES = 0.999
+PERPLEXITY_TOLERANCE = 1e-3
 
 
 def differing_trits(model: nn.Module, packed: Path) -> int:
@@ -128,7 +141,43 @@ def _divergence(step: int, ours: list[int], theirs: int, logits: Any, top: Any) 
     }
 
 
-def compare(source: Path, prompts: Sequence[str], tokens: int, threads: int | None = None) -> dict[str, Any]:
+def task_parity(recipe: Recipe, model: Any, tokenizer: Any, engine: Engine) -> dict[str, Any]:
+    """Decisions on the test items of a classification task, and perplexity of the held-out text."""
+    task = load_task(recipe.task)
+    encoder = PromptEncoder(tokenizer, recipe.task.max_length)
+    labels = [encoder.answer(label) for label in task.labels]
+    prompts = encoder.prompts([e.prompt for e in task.test], max(map(len, labels)))
+    requests = [(prompt, ids) for prompt in prompts for ids in labels]
+    torch_scorer, engine_scorer = TorchScorer(model, tokenizer), EngineScorer(engine)
+    theirs, ours = (
+        np.array(scorer.log_likelihoods(requests)).reshape(-1, len(labels))
+        for scorer in (torch_scorer, engine_scorer)
+    )
+    best = np.sort(theirs, axis=1)
+    different = np.flatnonzero(theirs.argmax(1) != ours.argmax(1))
+    sequences = heldout_sequences(recipe, tokenizer)
+    rows = [sequences[i]["input_ids"].tolist() for i in range(len(sequences))]
+    return {
+        "task": task.name,
+        "items": len(task.test),
+        "decisions_that_differ": [
+            {"item": int(i), "margin": float(best[i, -1] - best[i, -2])} for i in different
+        ],
+        "label_tolerance": LABEL_TOLERANCE,
+        "largest_score_difference": float(np.abs(ours - theirs).max()),
+        "median_score_difference": float(np.median(np.abs(ours - theirs))),
+        "perplexity": {"torch": torch_scorer.perplexity(sequences), "engine": engine_scorer.perplexity(rows)},
+        "perplexity_tokens": sum(len(row) - 1 for row in rows),
+    }
+
+
+def compare(
+    source: Path,
+    prompts: Sequence[str],
+    tokens: int,
+    threads: int | None = None,
+    recipe: Recipe | None = None,
+) -> dict[str, Any]:
     """Everything this page promises, for one student."""
     model, tokenizer = load_model(source).eval(), load_tokenizer(source)
     with tempfile.TemporaryDirectory() as folder:
@@ -147,6 +196,7 @@ def compare(source: Path, prompts: Sequence[str], tokens: int, threads: int | No
             found = first_divergence(model, engine, ids, tokens)
             if found is not None:
                 divergences.append({"prompt": index} | found)
+        on_task = {} if recipe is None else {"on_task": task_parity(recipe, model, tokenizer, engine)}
     return {
         "student": str(source),
         "prompts": len(prompts),
@@ -158,6 +208,7 @@ def compare(source: Path, prompts: Sequence[str], tokens: int, threads: int | No
         "equal_codes_share_without_shared_states": 1 - free / total,
         "divergences": divergences,
         "tolerance": TOLERANCE,
+        **on_task,
     }
 
 
@@ -169,6 +220,16 @@ def failures(report: dict[str, Any]) -> list[str]:
     if report["equal_codes_share"] < LEAST_CODES:
         found.append(f"only {report['equal_codes_share']:.5f} of the activation codes are equal")
     found += [f"unexplained divergence {d}" for d in report["divergences"] if d["margin"] > TOLERANCE]
+    if "on_task" in report:
+        task = report["on_task"]
+        found += [
+            f"unexplained decision {d}"
+            for d in task["decisions_that_differ"]
+            if d["margin"] > LABEL_TOLERANCE
+        ]
+        ratio = task["perplexity"]["engine"] / task["perplexity"]["torch"]
+        if abs(ratio - 1) > PERPLEXITY_TOLERANCE:
+            found.append(f"perplexity is {ratio:.5f} of torch's")
     return found
 
 
@@ -181,10 +242,13 @@ def main() -> None:
     parser.add_argument("prompts", type=Path, help="one prompt a line")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--recipe", type=Path, help="compare on its task and held-out text too")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
-    report = compare(options.student, prompts, options.tokens, options.threads)
+    recipe = load_recipe(options.recipe, options.set) if options.recipe else None
+    report = compare(options.student, prompts, options.tokens, options.threads, recipe)
     text = json.dumps(report, indent=1)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")

@@ -7,6 +7,7 @@ import parity
 import pytest
 import torch
 
+from bitdistill.recipe import load_recipe
 from bitdistill.train.loading import load_model
 
 PROMPTS = ["the soup was", "the room seemed very", "the host"]
@@ -27,6 +28,23 @@ def test_small_students_are_at_parity(
     assert parity.failures(report) == []
     assert report["differing_trits"] == 0
     assert report["activation_codes"] > 1000
+
+
+def test_task_and_text_of_a_recipe_are_compared_too(
+    save_student: Callable[..., Path], project: Path, tmp_path: Path
+) -> None:
+    recipe = load_recipe(project)
+    report = parity.compare(
+        save_student(tmp_path / "student", "llama", {}), PROMPTS[:1], 4, threads=1, recipe=recipe
+    )
+    assert parity.failures(report) == []
+    assert report["on_task"]["items"] == 18
+    report["on_task"]["decisions_that_differ"] = [{"item": 3, "margin": 0.2}]
+    report["on_task"]["perplexity"] = {"torch": 1000.0, "engine": 1002.0}
+    assert parity.failures(report) == [
+        "unexplained decision {'item': 3, 'margin': 0.2}",
+        "perplexity is 1.00200 of torch's",
+    ]
 
 
 def test_other_weights_are_noticed(
