@@ -266,8 +266,12 @@ inline void dense_tile(const uint8_t* weights, size_t row_bytes, size_t k, const
   for (size_t r = 0; r < kRows; ++r) {
     for (size_t t = 0; t < kTokens; ++t) acc[r][t] = V::set(0);
   }
+  // Rows side by side are streams that prefetchers do not follow: the rows after these are called for as one stream.
+  constexpr size_t kStepBytes = kRows * V::kWidth * (kType == Float::f32 ? 4 : 2);
+  const uint8_t* next = weights + kRows * row_bytes;
   size_t i = 0;
-  for (; i + V::kWidth <= k; i += V::kWidth) {
+  for (; i + V::kWidth <= k; i += V::kWidth, next += kStepBytes) {
+    for (size_t b = 0; b < kStepBytes; b += 64) __builtin_prefetch(next + b, 0, 2);
     typename V::Reg in[kTokens];
     for (size_t t = 0; t < kTokens; ++t) in[t] = V::load(x + t * x_stride + i);
     for (size_t r = 0; r < kRows; ++r) {
