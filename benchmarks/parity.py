@@ -1,6 +1,6 @@
 """How near the engine is to torch: trits, activation codes, greedy text. One JSON report.
 
-    python benchmarks/parity.py STUDENT PROMPTS.txt --tokens 64 --recipe RECIPE.toml --output parity.json
+    python benchmarks/parity.py STUDENT PROMPTS.txt --tokens 64 --recipe RECIPE.toml --task --output parity.json
 
 The student is exported with float tables and run in exact mode. Trits must be the same and at least 99.9 % of the
 activation codes, each layer of torch being given the states that the engine's layer was given: otherwise one value that
@@ -8,8 +8,8 @@ rounds to the other side of a tie moves every later one, and the count says wher
 without that is reported beside it.) Where a greedy text leaves torch's, torch's own two best logits are nearer than
 TOLERANCE at the first such token, or the script fails.
 
-With a recipe, also its task and its held-out text: a decision that differs must be one where torch's two best labels
-are nearer than LABEL_TOLERANCE, and perplexities must agree to 0.1 %.
+With a recipe, also its held-out text: perplexities must agree to 0.1 %. With ``--task`` the test items of its task: a
+decision that differs must be one where torch's two best labels are nearer than LABEL_TOLERANCE.
 """
 
 import argparse
@@ -141,33 +141,37 @@ def _divergence(step: int, ours: list[int], theirs: int, logits: Any, top: Any) 
     }
 
 
+def text_parity(recipe: Recipe, model: Any, tokenizer: Any, engine: Engine) -> dict[str, Any]:
+    """Perplexity of the held-out text."""
+    sequences = heldout_sequences(recipe, tokenizer)
+    rows = [sequences[i]["input_ids"].tolist() for i in range(len(sequences))]
+    return {
+        "tokens": sum(len(row) - 1 for row in rows),
+        "torch": TorchScorer(model, tokenizer).perplexity(sequences),
+        "engine": EngineScorer(engine).perplexity(rows),
+    }
+
+
 def task_parity(recipe: Recipe, model: Any, tokenizer: Any, engine: Engine) -> dict[str, Any]:
-    """Decisions on the test items of a classification task, and perplexity of the held-out text."""
+    """Decisions on the test items of a classification task."""
     task = load_task(recipe.task)
     encoder = PromptEncoder(tokenizer, recipe.task.max_length)
     labels = [encoder.answer(label) for label in task.labels]
     prompts = encoder.prompts([e.prompt for e in task.test], max(map(len, labels)))
     requests = [(prompt, ids) for prompt in prompts for ids in labels]
-    torch_scorer, engine_scorer = TorchScorer(model, tokenizer), EngineScorer(engine)
     theirs, ours = (
         np.array(scorer.log_likelihoods(requests)).reshape(-1, len(labels))
-        for scorer in (torch_scorer, engine_scorer)
+        for scorer in (TorchScorer(model, tokenizer), EngineScorer(engine))
     )
     best = np.sort(theirs, axis=1)
     different = np.flatnonzero(theirs.argmax(1) != ours.argmax(1))
-    sequences = heldout_sequences(recipe, tokenizer)
-    rows = [sequences[i]["input_ids"].tolist() for i in range(len(sequences))]
     return {
         "task": task.name,
         "items": len(task.test),
-        "decisions_that_differ": [
-            {"item": int(i), "margin": float(best[i, -1] - best[i, -2])} for i in different
-        ],
+        "different": [{"item": int(i), "margin": float(best[i, -1] - best[i, -2])} for i in different],
         "label_tolerance": LABEL_TOLERANCE,
         "largest_score_difference": float(np.abs(ours - theirs).max()),
         "median_score_difference": float(np.median(np.abs(ours - theirs))),
-        "perplexity": {"torch": torch_scorer.perplexity(sequences), "engine": engine_scorer.perplexity(rows)},
-        "perplexity_tokens": sum(len(row) - 1 for row in rows),
     }
 
 
@@ -177,6 +181,7 @@ def compare(
     tokens: int,
     threads: int | None = None,
     recipe: Recipe | None = None,
+    task: bool = False,
 ) -> dict[str, Any]:
     """Everything this page promises, for one student."""
     model, tokenizer = load_model(source).eval(), load_tokenizer(source)
@@ -196,7 +201,11 @@ def compare(
             found = first_divergence(model, engine, ids, tokens)
             if found is not None:
                 divergences.append({"prompt": index} | found)
-        on_task = {} if recipe is None else {"on_task": task_parity(recipe, model, tokenizer, engine)}
+        more = {}
+        if recipe is not None:
+            more["perplexity"] = text_parity(recipe, model, tokenizer, engine)
+            if task:
+                more["decisions"] = task_parity(recipe, model, tokenizer, engine)
     return {
         "student": str(source),
         "prompts": len(prompts),
@@ -208,7 +217,7 @@ def compare(
         "equal_codes_share_without_shared_states": 1 - free / total,
         "divergences": divergences,
         "tolerance": TOLERANCE,
-        **on_task,
+        **more,
     }
 
 
@@ -220,14 +229,11 @@ def failures(report: dict[str, Any]) -> list[str]:
     if report["equal_codes_share"] < LEAST_CODES:
         found.append(f"only {report['equal_codes_share']:.5f} of the activation codes are equal")
     found += [f"unexplained divergence {d}" for d in report["divergences"] if d["margin"] > TOLERANCE]
-    if "on_task" in report:
-        task = report["on_task"]
-        found += [
-            f"unexplained decision {d}"
-            for d in task["decisions_that_differ"]
-            if d["margin"] > LABEL_TOLERANCE
-        ]
-        ratio = task["perplexity"]["engine"] / task["perplexity"]["torch"]
+    if "decisions" in report:
+        different = report["decisions"]["different"]
+        found += [f"unexplained decision {d}" for d in different if d["margin"] > LABEL_TOLERANCE]
+    if "perplexity" in report:
+        ratio = report["perplexity"]["engine"] / report["perplexity"]["torch"]
         if abs(ratio - 1) > PERPLEXITY_TOLERANCE:
             found.append(f"perplexity is {ratio:.5f} of torch's")
     return found
@@ -242,13 +248,14 @@ def main() -> None:
     parser.add_argument("prompts", type=Path, help="one prompt a line")
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--recipe", type=Path, help="compare on its task and held-out text too")
+    parser.add_argument("--recipe", type=Path, help="compare on its held-out text too")
+    parser.add_argument("--task", action="store_true", help="with --recipe: on its task's test items too")
     parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
     prompts = [line for line in options.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
     recipe = load_recipe(options.recipe, options.set) if options.recipe else None
-    report = compare(options.student, prompts, options.tokens, options.threads, recipe)
+    report = compare(options.student, prompts, options.tokens, options.threads, recipe, options.task)
     text = json.dumps(report, indent=1)
     if options.output:
         options.output.write_text(text + "\n", encoding="utf-8")

@@ -35,12 +35,12 @@ def test_task_and_text_of_a_recipe_are_compared_too(
 ) -> None:
     recipe = load_recipe(project)
     report = parity.compare(
-        save_student(tmp_path / "student", "llama", {}), PROMPTS[:1], 4, threads=1, recipe=recipe
+        save_student(tmp_path / "student", "llama", {}), PROMPTS[:1], 4, threads=1, recipe=recipe, task=True
     )
     assert parity.failures(report) == []
-    assert report["on_task"]["items"] == 18
-    report["on_task"]["decisions_that_differ"] = [{"item": 3, "margin": 0.2}]
-    report["on_task"]["perplexity"] = {"torch": 1000.0, "engine": 1002.0}
+    assert report["decisions"]["items"] == 18
+    report["decisions"]["different"] = [{"item": 3, "margin": 0.2}]
+    report["perplexity"] = {"torch": 1000.0, "engine": 1002.0}
     assert parity.failures(report) == [
         "unexplained decision {'item': 3, 'margin': 0.2}",
         "perplexity is 1.00200 of torch's",
