@@ -73,7 +73,7 @@ def test_every_setting_of_the_model_is_in_the_student(make_model, family, tmp_pa
 
 
 def test_a_config_in_the_hubs_older_words_keeps_its_meaning(make_model, tmp_path):
-    """Gemma's checkpoints name RoPE bases, scaling and the pattern of windows by keys that transformers 5 translates."""
+    """Gemma's checkpoints name RoPE bases, scaling and windows by keys that transformers 5 translates."""
     saved = ("rope_parameters", "layer_types", "sliding_window_pattern")
     make_model("gemma3_text", num_hidden_layers=4).save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
