@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .checkpoint import RUN_FILE, read_run, write_json, write_text
 from .errors import CheckpointError, ConfigError
 from .layout import FORMAT_VERSION, LAYOUT, pack, packed_shape
-from .model import FAMILIES, BitLinear
+from .model import BitLinear
 from .model.quant import ternarize
 from .model_card import model_card
 from .packed import (
@@ -124,13 +124,18 @@ def _check_finished(source: str | Path) -> None:
 
 def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
     """Raise unless the engine can run this model."""
-    known = [family.student_type for family in FAMILIES] + ["bitnet"]
-    if model.config.model_type not in known or not any(
-        ternary_of(m) is not None for m in model.modules() if isinstance(m, nn.Linear)
-    ):
+    from .engine.loading import FAMILIES
+
+    model_type, known = model.config.model_type, ", ".join(FAMILIES)
+    if not any(ternary_of(m) is not None for m in model.modules() if isinstance(m, nn.Linear)):
         raise CheckpointError(
-            f"{source} is not a ternary model (model_type {model.config.model_type!r}); export takes "
-            f"{', '.join(known)}. Make a student of it first: bitdistill refine"
+            f"{source} is not a ternary model (model_type {model_type!r}); export takes {known}. "
+            "Make a student of it first: bitdistill refine"
+        )
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{source}: the engine does not run models of type {model_type!r} yet; it runs {known}. Use the student "
+            "with transformers (bitdistill eval, or AutoModelForCausalLM and trust_remote_code=True)"
         )
     bits = {m.spec.activation_bits for m in model.modules() if isinstance(m, BitLinear)} or {8}
     if bits != {8}:
