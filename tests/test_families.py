@@ -2,7 +2,6 @@
 
 import itertools
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,16 +11,12 @@ from safetensors.torch import load_file
 from tiny_families import FAMILY_NAMES, PECULIARITIES, dense_classes, families
 from transformers import Gemma3Config, SiglipVisionConfig
 
-from bitdistill.engine.loading import FAMILIES as ENGINE_TYPES
-from bitdistill.engine.loading import PackedModel
 from bitdistill.errors import CheckpointError
-from bitdistill.export import export
 from bitdistill.model import STUDENT_CLASSES
 from bitdistill.train.loading import load_model
 
 ROOT = Path(__file__).parent.parent
 DOCS = (ROOT / "docs" / "adding_a_family.md").read_text(encoding="utf-8")
-NOT_IN_ENGINE = [name for name in FAMILY_NAMES if f"bit_{name}" not in ENGINE_TYPES]
 
 
 def metrics(step: Path) -> list[dict]:
@@ -62,41 +57,6 @@ def test_every_stage_runs(cli, project, make_model, tokenizer, tmp_path, family)
     outcome = cli("eval", project, student)
     assert outcome.status == 0, outcome.err
     assert "accuracy" in outcome.out
-
-
-# --- the engine does not run all of them ---
-
-
-def test_the_engine_runs_some_families_and_not_others():
-    assert NOT_IN_ENGINE
-    assert {"llama", "qwen3"} == set(FAMILY_NAMES) - set(NOT_IN_ENGINE)
-
-
-@pytest.mark.parametrize("family", NOT_IN_ENGINE)
-def test_export_refuses_what_the_engine_does_not_run(
-    cli, save_student: Callable[..., Path], tmp_path: Path, family: str
-):
-    source = save_student(tmp_path / "student", family, {})
-    outcome = cli("export", source, tmp_path / "packed")
-    assert outcome.status == 1
-    (line,) = outcome.err.strip().splitlines()
-    assert f"does not run models of type 'bit_{family}' yet; it runs bit_llama, bit_qwen3" in line
-    assert "bitdistill eval" in line
-    assert not (tmp_path / "packed").exists()
-
-
-@pytest.mark.parametrize("family", NOT_IN_ENGINE)
-def test_the_engine_refuses_a_packed_model_that_it_does_not_run(
-    save_student: Callable[..., Path], tmp_path: Path, family: str
-):
-    packed = tmp_path / "packed"
-    export(save_student(tmp_path / "student", "llama", {}), packed)
-    config = json.loads((packed / "config.json").read_text())
-    (packed / "config.json").write_text(json.dumps(config | {"model_type": f"bit_{family}"}))
-    with pytest.raises(
-        CheckpointError, match=f"model_type 'bit_{family}' is not one of bit_llama.*another model"
-    ):
-        PackedModel.open(packed)
 
 
 # --- what is no plain decoder ---
@@ -181,7 +141,7 @@ def test_a_gemma_that_would_be_judged_wrongly_is_refused(make_model, tmp_path, c
 def test_the_page_lists_the_families_of_the_table():
     rows = [line.split("|") for line in DOCS.splitlines() if line.startswith("| `") and line.count("|") == 6]
     trains = {row[1].strip(" `"): row[5].strip() for row in rows}
-    assert trains == {name: "not yet" if name in NOT_IN_ENGINE else "yes" for name in FAMILY_NAMES}
+    assert trains == dict.fromkeys(FAMILY_NAMES, "yes")
 
 
 def test_peculiarities_name_families_and_settings_that_exist():

@@ -1,5 +1,6 @@
 """Checkpoint -> packed model: the folder of docs/format.md, whole or not at all."""
 
+import copy
 import hashlib
 import os
 import shutil
@@ -124,7 +125,7 @@ def _check_finished(source: str | Path) -> None:
 
 def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
     """Raise unless the engine can run this model."""
-    from .engine.loading import FAMILIES
+    from .engine.families import FAMILIES
 
     model_type, known = model.config.model_type, ", ".join(FAMILIES)
     if not any(ternary_of(m) is not None for m in model.modules() if isinstance(m, nn.Linear)):
@@ -181,14 +182,26 @@ def packed_tensors(model: PreTrainedModel, head: Form, embedding: Form) -> list[
             continue
         done |= {f"{name}.weight", f"{name}.weight_scale"}
         tensors += _linear(f"{name}.weight", module, float_form)
+    offset = {f"{name}.weight" for name, module in model.named_modules() if _adds_one(module)}
     for name, parameter in model.named_parameters():  # a tied head comes once, as the embedding
         if name in done:
             continue
         if name in (EMBEDDING, HEAD):
             tensors += _table(name, parameter.detach(), head if name == HEAD else embedding)
         else:
-            tensors.append(_plain(name, parameter.detach(), "F32"))
+            gain = parameter.detach().float() + 1 if name in offset else parameter.detach()
+            tensors.append(_plain(name, gain, "F32"))
     return tensors
+
+
+def _adds_one(module: nn.Module) -> bool:
+    """Whether a norm multiplies by ``1 + weight``, as Gemma's do: asked of the norm itself, with a weight of zero."""
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or weight is None:
+        return False
+    twin = copy.deepcopy(module)
+    nn.init.zeros_(twin.weight)
+    return bool(twin(torch.ones_like(weight)).any())
 
 
 def _linear(name: str, module: nn.Linear, form: Form) -> list[PackedTensor]:
