@@ -1,4 +1,3 @@
-#include <cmath>
 #include <cstring>
 
 #include "decoder.h"
@@ -21,6 +20,7 @@ class AttentionPass {
       : config_(model.config()),
         room_(model.room()),
         layer_(model.layers()[layer]),
+        kind_(config_.attention[layer]),
         index_(layer),
         chunk_(chunk),
         cache_(cache),
@@ -30,17 +30,15 @@ class AttentionPass {
 
   // Rotates the queries that read KV head `head`, and stores its key and value.
   void store(size_t t, size_t head) {
-    const size_t dim = config_.head_dim, half = dim / 2, group = config_.queries_per_key();
-    const float* cosine = work_.cosine.data() + t * half;
-    const float* sine = work_.sine.data() + t * half;
+    const size_t dim = config_.head_dim, group = config_.queries_per_key();
     for (size_t i = 0; i < group; ++i) {
       float* query = query_row(t) + (head * group + i) * dim;
       if (layer_.q_norm != nullptr) room_.rms_norm(query, layer_.q_norm, config_.rms_norm_eps, dim, query);
-      rotate(query, cosine, sine, half);
+      turn(query, t);
     }
     float* key = query_row(t) + work_.query_stride + head * dim;
     if (layer_.k_norm != nullptr) room_.rms_norm(key, layer_.k_norm, config_.rms_norm_eps, dim, key);
-    rotate(key, cosine, sine, half);
+    turn(key, t);
     const float* value = query_row(t) + work_.query_stride + work_.key_stride + head * dim;
     cache_.store(room_, index_, head, chunk_.position + t, key, value, own_.half.data());
   }
@@ -48,19 +46,21 @@ class AttentionPass {
   // Query heads [first_query, first_query + queries) of KV head `head` for tokens [first, first + tokens).
   void attend(size_t head, size_t first_query, size_t queries, size_t first, size_t tokens) {
     const size_t dim = config_.head_dim, padded = config_.padded_head_dim();
-    const float scale = 1.0f / std::sqrt(static_cast<float>(dim));
-    size_t visible[kAttendRows];
+    size_t seen_from[kAttendRows], visible[kAttendRows];
     for (size_t t = 0; t < tokens; ++t) {
       for (size_t i = 0; i < queries; ++i) {
         const float* from = query_row(first + t) + (first_query + i) * dim;
         float* to = own_.query.data() + (t * queries + i) * padded;
-        for (size_t e = 0; e < dim; ++e) to[e] = from[e] * scale;
-        visible[t * queries + i] = chunk_.position + first + t + 1;
+        for (size_t e = 0; e < dim; ++e) to[e] = from[e] * config_.attention_scale;
+        const size_t end = chunk_.position + first + t + 1;
+        visible[t * queries + i] = end;
+        seen_from[t * queries + i] = kind_.window == 0 || kind_.window >= end ? 0 : end - kind_.window;
       }
     }
     const Attend args{
         .query = own_.query.data(),
         .rows = tokens * queries,
+        .first = seen_from,
         .visible = visible,
         .keys = cache_.keys(index_, head),
         .values = cache_.values(index_, head),
@@ -82,9 +82,16 @@ class AttentionPass {
  private:
   float* query_row(size_t t) { return work_.qkv.data() + t * row_stride_; }
 
+  void turn(float* x, size_t t) {
+    if (kind_.rope == LayerAttention::kNoRope) return;
+    const size_t half = config_.head_dim / 2, at = (kind_.rope * kChunk + t) * half;
+    rotate(x, work_.cosine.data() + at, work_.sine.data() + at, half);
+  }
+
   const Config& config_;
   const KernelTable& room_;
   const Layer& layer_;
+  const LayerAttention kind_;
   size_t index_;
   const Chunk& chunk_;
   KvCache& cache_;

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <cmath>
 #include <stdexcept>
 #include <system_error>
 
@@ -143,6 +144,28 @@ nb::dict describe_config(const Model& model) {
   return fields;
 }
 
+using Ropes = std::vector<std::pair<std::vector<double>, double>>;
+using LayerRopes = std::optional<std::vector<std::optional<size_t>>>;
+
+void set_attention(Config& config, const Ropes& ropes, const LayerRopes& layer_ropes,
+                   const std::optional<std::vector<size_t>>& layer_windows) {
+  for (const auto& [inv_freq, scale] : ropes) {
+    Rope& rope = config.ropes.emplace_back();
+    rope.inv_freq.assign(inv_freq.begin(), inv_freq.end());
+    rope.scale = static_cast<float>(scale);
+  }
+  const size_t layers = config.num_hidden_layers;
+  if (layers > 4096 || (layer_ropes && layer_ropes->size() != layers) ||
+      (layer_windows && layer_windows->size() != layers)) {
+    return;  // validate() names what is wrong
+  }
+  config.attention.resize(layers);
+  for (size_t i = 0; i < layers; ++i) {
+    if (layer_ropes) config.attention[i].rope = (*layer_ropes)[i].value_or(LayerAttention::kNoRope);
+    if (layer_windows) config.attention[i].window = (*layer_windows)[i];
+  }
+}
+
 void bind_model(nb::module_& m) {
   nb::class_<TensorEntry>(m, "Tensor", nb::is_final())
       .def(
@@ -158,8 +181,10 @@ void bind_model(nb::module_& m) {
           "__init__",
           [](Config* self, size_t vocab_size, size_t hidden_size, size_t intermediate_size, size_t num_hidden_layers,
              size_t num_attention_heads, size_t num_key_value_heads, size_t head_dim, size_t max_context,
-             double rms_norm_eps, const std::string& hidden_act, const std::vector<double>& inv_freq, double rope_scale,
-             bool tie_word_embeddings, std::optional<size_t> block_size, const std::string& activation_rounding) {
+             double rms_norm_eps, const std::string& hidden_act, const Ropes& ropes, const LayerRopes& layer_ropes,
+             const std::optional<std::vector<size_t>>& layer_windows, std::optional<double> attention_scale,
+             double embedding_scale, bool tie_word_embeddings, std::optional<size_t> block_size,
+             const std::string& activation_rounding) {
             Config config;
             config.vocab_size = vocab_size;
             config.hidden_size = hidden_size;
@@ -170,10 +195,12 @@ void bind_model(nb::module_& m) {
             config.head_dim = head_dim;
             config.max_context = max_context;
             config.rms_norm_eps = static_cast<float>(rms_norm_eps);
-            config.hidden_act = one_of<Activation>("hidden_act", hidden_act,
-                                                   {{"silu", Activation::silu}, {"relu2", Activation::relu2}});
-            for (const double f : inv_freq) config.inv_freq.push_back(static_cast<float>(f));
-            config.rope_scale = static_cast<float>(rope_scale);
+            config.hidden_act = one_of<Activation>(
+                "hidden_act", hidden_act,
+                {{"silu", Activation::silu}, {"relu2", Activation::relu2}, {"gelu_tanh", Activation::gelu_tanh}});
+            set_attention(config, ropes, layer_ropes, layer_windows);
+            config.attention_scale = static_cast<float>(attention_scale.value_or(1 / std::sqrt(double(head_dim))));
+            config.embedding_scale = static_cast<float>(embedding_scale);
             config.tie_word_embeddings = tie_word_embeddings;
             if (block_size == 0) throw std::invalid_argument("block_size = 0: use None for no blocks");
             config.block_size = block_size.value_or(0);
@@ -185,7 +212,8 @@ void bind_model(nb::module_& m) {
           },
           nb::kw_only(), "vocab_size"_a, "hidden_size"_a, "intermediate_size"_a, "num_hidden_layers"_a,
           "num_attention_heads"_a, "num_key_value_heads"_a, "head_dim"_a, "max_context"_a, "rms_norm_eps"_a,
-          "hidden_act"_a, "inv_freq"_a, "rope_scale"_a = 1.0, "tie_word_embeddings"_a = false,
+          "hidden_act"_a, "ropes"_a, "layer_ropes"_a = nb::none(), "layer_windows"_a = nb::none(),
+          "attention_scale"_a = nb::none(), "embedding_scale"_a = 1.0, "tie_word_embeddings"_a = false,
           "block_size"_a = nb::none(), "activation_rounding"_a = "divide");
 
   nb::class_<Model>(m, "Model", nb::is_final())

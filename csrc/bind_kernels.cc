@@ -180,7 +180,7 @@ nb::object norm_quantize(const ArrayIn<float, 2>& x, const std::optional<FloatVe
 }
 
 nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, const ArrayIn<float, 3>& value,
-                  double scale, const std::string& isa, bool exact) {
+                  double scale, const std::string& isa, bool exact, size_t window) {
   const KernelTable& room = room_named(isa);
   const size_t tokens = query.shape(0), heads = query.shape(1), dim = query.shape(2);
   const size_t positions = key.shape(0), kv = key.shape(1);
@@ -207,15 +207,17 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
   for (size_t head = 0; head < heads; ++head) {
     for (size_t first = 0; first < tokens; first += kAttendRows) {
       const size_t count = std::min(kAttendRows, tokens - first);
-      size_t visible[kAttendRows];
+      size_t seen_from[kAttendRows], visible[kAttendRows];
       for (size_t t = 0; t < count; ++t) {
         const float* from = query.data() + ((first + t) * heads + head) * dim;
         for (size_t e = 0; e < dim; ++e) rows[t * padded + e] = from[e] * static_cast<float>(scale);
         visible[t] = positions - tokens + first + t + 1;
+        seen_from[t] = window == 0 || window >= visible[t] ? 0 : visible[t] - window;
       }
       const size_t own = head / (heads / kv);
       const Attend args{.query = rows.data(),
                         .rows = count,
+                        .first = seen_from,
                         .visible = visible,
                         .keys = cache.keys(0, own),
                         .values = cache.values(0, own),
@@ -281,7 +283,8 @@ void bind_kernels(nb::module_& m) {
         "code"_a, "act_scale"_a, nb::kw_only(), "isa"_a, "threads"_a = 1, "block_size"_a = 0);
   m.def("norm_quantize", &norm_quantize, "x"_a, "gain"_a.none(), "eps"_a, nb::kw_only(), "isa"_a,
         "rounding"_a = "divide");
-  m.def("attend", &attend, "query"_a, "key"_a, "value"_a, "scale"_a, nb::kw_only(), "isa"_a, "exact"_a = false);
+  m.def("attend", &attend, "query"_a, "key"_a, "value"_a, "scale"_a, nb::kw_only(), "isa"_a, "exact"_a = false,
+        "window"_a = 0);
   m.def("head_logits", &head_logits, "weight"_a, "weight_scale"_a.none(), "x"_a, nb::kw_only(), "isa"_a);
 }
 

@@ -32,10 +32,23 @@ void validate(const Config& c) {
           "num_attention_heads = " + std::to_string(c.num_attention_heads) +
               " is not a multiple of num_key_value_heads = " + std::to_string(c.num_key_value_heads));
   require(c.head_dim % 2 == 0, "head_dim = " + std::to_string(c.head_dim) + " is odd; rotary positions need pairs");
-  require(c.inv_freq.size() == c.head_dim / 2, "inv_freq has " + std::to_string(c.inv_freq.size()) +
-                                                   " frequencies; head_dim / 2 = " + std::to_string(c.head_dim / 2));
-  for (const float f : c.inv_freq) require(std::isfinite(f), "inv_freq holds a value that is not finite");
-  require(std::isfinite(c.rope_scale), "rope_scale is not finite");
+  for (const Rope& rope : c.ropes) {
+    require(rope.inv_freq.size() == c.head_dim / 2,
+            "a rope has " + std::to_string(rope.inv_freq.size()) +
+                " frequencies; head_dim / 2 = " + std::to_string(c.head_dim / 2));
+    for (const float f : rope.inv_freq) require(std::isfinite(f), "a rope holds a frequency that is not finite");
+    require(std::isfinite(rope.scale), "the scale of a rope is not finite");
+  }
+  require(c.ropes.size() <= 16, "there are " + std::to_string(c.ropes.size()) + " ropes; use at most 16");
+  require(c.attention.size() == c.num_hidden_layers, "layer_windows and layer_ropes must have num_hidden_layers = " +
+                                                         std::to_string(c.num_hidden_layers) + " values");
+  for (const LayerAttention& layer : c.attention) {
+    require(
+        layer.rope == LayerAttention::kNoRope || layer.rope < c.ropes.size(),
+        "layer_ropes holds " + std::to_string(layer.rope) + "; there are " + std::to_string(c.ropes.size()) + " ropes");
+  }
+  require(std::isfinite(c.attention_scale), "attention_scale is not finite");
+  require(std::isfinite(c.embedding_scale), "embedding_scale is not finite");
   require(std::isfinite(c.rms_norm_eps) && c.rms_norm_eps >= 0, "rms_norm_eps is not a finite, non-negative number");
   require(c.block_size <= kMaxFeatures,
           "block_size = " + std::to_string(c.block_size) + " is above " + std::to_string(kMaxFeatures));

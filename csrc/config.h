@@ -2,12 +2,26 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <string>
 #include <vector>
 
 #include "kernel_table.h"
 
 namespace bitdistill {
+
+// Rotary positions: head_dim / 2 frequencies after any scaling; `scale` multiplies cos and sin.
+struct Rope {
+  std::vector<float> inv_freq;
+  float scale = 1;
+};
+
+// What sets a layer's attention apart from its neighbours'.
+struct LayerAttention {
+  static constexpr size_t kNoRope = SIZE_MAX;
+  size_t window = 0;  // the last tokens that a token sees, itself included; 0: all
+  size_t rope = 0;    // index into Config::ropes, or kNoRope
+};
 
 struct Config {
   size_t vocab_size = 0;
@@ -20,8 +34,10 @@ struct Config {
   size_t max_context = 0;
   float rms_norm_eps = 0;
   Activation hidden_act = Activation::silu;
-  std::vector<float> inv_freq;  // head_dim / 2 RoPE frequencies, after any scaling
-  float rope_scale = 1;         // multiplies cos and sin
+  std::vector<Rope> ropes;
+  std::vector<LayerAttention> attention;  // one for each layer
+  float attention_scale = 1;              // of the products of queries and keys
+  float embedding_scale = 1;              // of embedding rows
   bool tie_word_embeddings = false;
   size_t block_size = 0;  // input features per weight scale; 0: scales are per tensor or per row
   Rounding activation_rounding = Rounding::divide;

@@ -122,12 +122,26 @@ size_t blocks_dealt(const Worker& worker, size_t blocks) {
   return std::clamp<size_t>(blocks / (4 * worker.count()), 1, kGemvBlocks);
 }
 
-// All row blocks of a linear that adds to the state.
-void add_to_state(const Model& model, const Linear& linear, const Input& input, Workspace& work, Worker& worker) {
+// state += linear(input), or norm(linear(input)) in families that norm what they add. Ends with a barrier.
+void add_to_state(const Model& model, const Linear& linear, const float* norm, const Input& input, Workspace& work,
+                  Worker& worker) {
   const size_t blocks = linear.padded_rows() / kRowBlock;
+  float* out = (norm == nullptr ? work.state : work.addend).data();
   worker.deal(blocks, blocks_dealt(worker, blocks), [&](Range part) {
-    linear_rows(model.room(), linear, input, part, work.state.data(), work.state_stride, true);
+    linear_rows(model.room(), linear, input, part, out, work.state_stride, norm == nullptr);
   });
+  worker.barrier();
+  if (norm == nullptr) return;
+  const size_t width = model.config().hidden_size;
+  worker.deal(input.tokens, kTokensDealt, [&](Range tokens) {
+    for (size_t t = tokens.begin; t < tokens.end; ++t) {
+      float* addend = work.addend.data() + t * work.state_stride;
+      float* state = work.state.data() + t * work.state_stride;
+      model.room().rms_norm(addend, norm, model.config().rms_norm_eps, width, addend);
+      for (size_t i = 0; i < width; ++i) state[i] += addend[i];
+    }
+  });
+  worker.barrier();
 }
 
 // Queries, keys and values are one matrix to the threads: row blocks of all three are dealt together.
@@ -155,12 +169,16 @@ void project_qkv(const Model& model, const Layer& layer, const LayerPass& pass, 
 
 void rotary_table(const Config& config, const Chunk& chunk, Workspace& work) {
   const size_t half = config.head_dim / 2;
-  for (size_t t = 0; t < chunk.count; ++t) {
-    const auto position = static_cast<float>(chunk.position + t);
-    for (size_t i = 0; i < half; ++i) {
-      const float angle = position * config.inv_freq[i];  // in fp32, as the models are trained
-      work.cosine[t * half + i] = std::cos(angle) * config.rope_scale;
-      work.sine[t * half + i] = std::sin(angle) * config.rope_scale;
+  for (size_t r = 0; r < config.ropes.size(); ++r) {
+    const Rope& rope = config.ropes[r];
+    for (size_t t = 0; t < chunk.count; ++t) {
+      const auto position = static_cast<float>(chunk.position + t);
+      const size_t at = (r * kChunk + t) * half;
+      for (size_t i = 0; i < half; ++i) {
+        const float angle = position * rope.inv_freq[i];  // in fp32, as the models are trained
+        work.cosine[at + i] = std::cos(angle) * rope.scale;
+        work.sine[at + i] = std::sin(angle) * rope.scale;
+      }
     }
   }
 }
@@ -170,8 +188,10 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
   const KernelTable& room = model.room();
   worker.deal(chunk.count, kTokensDealt, [&](Range tokens) {
     for (size_t t = tokens.begin; t < tokens.end; ++t) {
-      table_row(room, model.embedding(), static_cast<size_t>(chunk.tokens[t]),
-                work.state.data() + t * work.state_stride);
+      float* row = work.state.data() + t * work.state_stride;
+      table_row(room, model.embedding(), static_cast<size_t>(chunk.tokens[t]), row);
+      if (config.embedding_scale == 1) continue;
+      for (size_t i = 0; i < config.hidden_size; ++i) row[i] *= config.embedding_scale;
     }
   });
   worker.barrier();
@@ -181,17 +201,16 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
   for (size_t i = 0; i < model.layers().size(); ++i) {
     const Layer& layer = model.layers()[i];
     const Linear* const reads_state[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
-    pass.prepare(work.state.data(), work.state_stride, layer.input_norm, reads_state);
+    pass.prepare(work.state.data(), work.state_stride, layer.attention_norm, reads_state);
     project_qkv(model, layer, pass, work, worker);
     worker.barrier();
     run_attention(model, i, chunk, cache, work, worker);
     worker.barrier();
     const Linear* const reads_attended[] = {&layer.o_proj};
     pass.prepare(work.attended.data(), work.query_stride, nullptr, reads_attended);
-    add_to_state(model, layer.o_proj, pass.input(0), work, worker);
-    worker.barrier();
+    add_to_state(model, layer.o_proj, layer.attention_output_norm, pass.input(0), work, worker);
     const Linear* const reads_mlp[] = {&layer.gate_proj, &layer.up_proj};
-    pass.prepare(work.state.data(), work.state_stride, layer.post_attention_norm, reads_mlp);
+    pass.prepare(work.state.data(), work.state_stride, layer.mlp_norm, reads_mlp);
     worker.deal(hidden_blocks, blocks_dealt(worker, hidden_blocks), [&](Range part) {
       gated_rows(room, config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), part,
                  work.hidden.data(), work.hidden_stride);
@@ -199,8 +218,7 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
     worker.barrier();
     const Linear* const reads_hidden[] = {&layer.down_proj};
     pass.prepare(work.hidden.data(), work.hidden_stride, nullptr, reads_hidden);
-    add_to_state(model, layer.down_proj, pass.input(0), work, worker);
-    worker.barrier();
+    add_to_state(model, layer.down_proj, layer.mlp_output_norm, pass.input(0), work, worker);
     if (work.taps != nullptr && worker.index() == 0) {
       tap_states(work, "model.layers." + std::to_string(i), work.state.data(), chunk.count, config.hidden_size,
                  work.state_stride);

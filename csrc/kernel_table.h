@@ -37,7 +37,7 @@ enum Feature : uint32_t {
 };
 
 enum class Rounding { divide, multiply };  // x / (max / 127) or x * (127 / max)
-enum class Activation { silu, relu2 };
+enum class Activation { silu, relu2, gelu_tanh };
 enum class Float { f32, bf16, f16 };
 
 // dot products -> float: out[t * out_stride + r] (+)= dot[t * 32 + r] * (act_scale[t] * scale[r]) + bias[r]
@@ -55,10 +55,11 @@ struct Dequantize {
 };
 
 // One sequence's queries of one KV head against its cache. Keys lie in blocks of 16, [block][head_dim][16]; values in
-// rows of padded_dim. Row i sees the first visible[i] keys; visible does not decrease.
+// rows of padded_dim. Row i sees keys [first[i], visible[i]); neither bound decreases from row to row.
 struct Attend {
   const float* query;  // [rows][padded_dim], already scaled, zero beyond head_dim
   size_t rows;         // 1..kAttendRows
+  const size_t* first;
   const size_t* visible;
   const void* keys;
   const void* values;

@@ -58,8 +58,10 @@ class Loader {
  private:
   void layer(Layer& layer, const std::string& prefix) {
     const Config& c = model_.config_;
-    layer.input_norm = vector(prefix + "input_layernorm.weight", c.hidden_size);
-    layer.post_attention_norm = vector(prefix + "post_attention_layernorm.weight", c.hidden_size);
+    layer.attention_norm = vector(prefix + "input_layernorm.weight", c.hidden_size);
+    layer.mlp_norm = vector(prefix + "post_attention_layernorm.weight", c.hidden_size);
+    layer.attention_output_norm = optional_vector(prefix + "self_attn.output_norm.weight", c.hidden_size);
+    layer.mlp_output_norm = optional_vector(prefix + "mlp.output_norm.weight", c.hidden_size);
     layer.q_norm = optional_vector(prefix + "self_attn.q_norm.weight", c.head_dim);
     layer.k_norm = optional_vector(prefix + "self_attn.k_norm.weight", c.head_dim);
     linear(layer.q_proj, prefix + "self_attn.q_proj", c.query_size(), c.hidden_size);
@@ -305,7 +307,10 @@ Model::Model(std::unique_ptr<TensorSource> source, const std::vector<TensorEntry
 }
 
 uint64_t Model::decode_bytes(size_t context) const {
-  const uint64_t kv = uint64_t{2} * 2 * config_.num_hidden_layers * config_.key_size() * context;
+  uint64_t kv = 0;
+  for (const LayerAttention& layer : config_.attention) {
+    kv += uint64_t{2} * 2 * config_.key_size() * (layer.window == 0 ? context : std::min(context, layer.window));
+  }
   const uint64_t head = head_.rows * head_.row_bytes() + (head_.dtype == DType::i8 ? 4 * head_.rows : 0);
   return memory_.ternary + memory_.scales + memory_.dense + memory_.norms + head + embedding_.row_bytes() + kv;
 }

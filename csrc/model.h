@@ -57,8 +57,10 @@ struct Linear {
 
 struct Layer {
   Linear q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj;
-  const float* input_norm = nullptr;
-  const float* post_attention_norm = nullptr;
+  const float* attention_norm = nullptr;  // of what attention reads
+  const float* mlp_norm = nullptr;
+  const float* attention_output_norm = nullptr;  // of what is added to the state, where a family has it
+  const float* mlp_output_norm = nullptr;
   const float* q_norm = nullptr;
   const float* k_norm = nullptr;
 };

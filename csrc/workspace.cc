@@ -15,11 +15,12 @@ Workspace::Workspace(const Config& c, const KernelTable& room, size_t threads)
     most_segments = std::max(most_segments, shape.segments);
   }
   state = Array<float>(kChunk * state_stride);
+  addend = Array<float>(kChunk * state_stride);
   qkv = Array<float>(kChunk * (query_stride + 2 * key_stride));
   attended = Array<float>(kChunk * query_stride);
   hidden = Array<float>(kChunk * hidden_stride);
-  cosine = Array<float>(kChunk * c.head_dim / 2);
-  sine = Array<float>(kChunk * c.head_dim / 2);
+  cosine = Array<float>(c.ropes.size() * kChunk * c.head_dim / 2);
+  sine = Array<float>(c.ropes.size() * kChunk * c.head_dim / 2);
   code = Array<int8_t>(kInputs * kChunk * widest_codes);
   packed = Array<int8_t>(kInputs * kChunk * widest_codes);
   sums = Array<int32_t>(kInputs * kChunk * most_segments);
@@ -41,8 +42,8 @@ Workspace::Workspace(const Config& c, const KernelTable& room, size_t threads)
 }
 
 uint64_t Workspace::bytes() const {
-  uint64_t total = state.bytes() + qkv.bytes() + attended.bytes() + hidden.bytes() + cosine.bytes() + sine.bytes() +
-                   code.bytes() + packed.bytes() + sums.bytes() + scale.bytes() + floats.bytes();
+  uint64_t total = state.bytes() + addend.bytes() + qkv.bytes() + attended.bytes() + hidden.bytes() + cosine.bytes() +
+                   sine.bytes() + code.bytes() + packed.bytes() + sums.bytes() + scale.bytes() + floats.bytes();
   for (const Scratch& s : scratch) {
     total += s.state.bytes() + s.normed.bytes() + s.query.bytes() + s.mixed.bytes() + s.scores.bytes() +
              s.half.bytes() + s.code.bytes() + s.sums.bytes() + s.floats.bytes();

@@ -46,10 +46,11 @@ struct Workspace {
   size_t state_stride, query_stride, key_stride, hidden_stride;
 
   Array<float> state;          // [tokens][state_stride]: the residual stream
+  Array<float> addend;         // the same: what is normed before it is added to the state, where a family does so
   Array<float> qkv;            // [tokens][query_stride + 2 * key_stride]
   Array<float> attended;       // [tokens][query_stride]
   Array<float> hidden;         // [tokens][hidden_stride]: activation(gate) * up
-  Array<float> cosine, sine;   // [tokens][head_dim / 2]
+  Array<float> cosine, sine;   // [ropes][tokens][head_dim / 2]
   Array<int8_t> code, packed;  // [kInputs][tokens][widest_codes]
   Array<int32_t> sums;
   Array<float> scale;

@@ -26,15 +26,9 @@ if "BITDISTILL_CORE" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+from tiny_families import PECULIARITIES, dense_classes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerFast,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 # Derandomised: a test that passed on one machine draws the same examples on the next.
 # No deadline: a busy machine is not a bug.
@@ -209,10 +203,7 @@ def small_model(family: str, **changes: object) -> PreTrainedModel:
 
     Weights are wide enough that logits differ by more than rounding; norm gains and biases are not neutral.
     """
-    config_class, model_class = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
-    }[family]
+    config_class, model_class = dense_classes(family)
     geometry = {
         "vocab_size": 300,
         "hidden_size": 32,
@@ -227,6 +218,7 @@ def small_model(family: str, **changes: object) -> PreTrainedModel:
         "eos_token_id": 0,
         "pad_token_id": 1,
         "tie_word_embeddings": True,
+        **PECULIARITIES.get(family, {}),
     }
     torch.manual_seed(1)
     model = model_class(config_class(**geometry | changes)).eval()

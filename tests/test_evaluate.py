@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tiny_families import FAMILY_NAMES
 from transformers import PreTrainedModel
 
 from bitdistill import evaluate
@@ -25,7 +26,7 @@ PROMPTS = (
 )
 
 
-@pytest.fixture(params=["llama", "qwen3", "ternary"])
+@pytest.fixture(params=[*FAMILY_NAMES, "ternary"])
 def model(request, make_model) -> PreTrainedModel:
     if request.param == "ternary":
         return refine(make_model("llama"), TernarySpec())[0]

@@ -53,14 +53,16 @@ inline void mix_values(const float* weights, const uint8_t* values, size_t count
   }
 }
 
-// Scores -> weights of one row over this chunk of keys; rescales what the row has so far.
+// Scores -> weights of one row over this chunk of keys, of which it sees [first, first + seen); rescales what the row
+// has so far.
 template <class V>
-inline void soften(float* scores, size_t seen, size_t count, float* out, size_t padded_dim, float* highest,
+inline void soften(float* chunk, size_t first, size_t seen, size_t count, float* out, size_t padded_dim, float* highest,
                    float* total) {
   if (seen == 0) {
-    for (size_t i = 0; i < count; ++i) scores[i] = 0;
+    for (size_t i = 0; i < count; ++i) chunk[i] = 0;
     return;
   }
+  float* scores = chunk + first;
   float peak = *highest;
   auto peaks = V::set(peak);
   each<V>(seen, [&]<class W>(size_t i) {
@@ -83,7 +85,8 @@ inline void soften(float* scores, size_t seen, size_t count, float* out, size_t 
       sum += weight;
     }
   });
-  for (size_t i = seen; i < count; ++i) scores[i] = 0;
+  for (size_t i = 0; i < first; ++i) chunk[i] = 0;
+  for (size_t i = first + seen; i < count; ++i) chunk[i] = 0;
   *total = *total * shrink + sum + V::sum(totals);
   *highest = peak;
   if (shrink != 1.0f) {
@@ -103,10 +106,10 @@ inline void attend_rows(const Attend* a, size_t row, size_t start, size_t count,
                                  a->head_dim, scores + key);
   }
   for (size_t r = 0; r < kRows; ++r) {
-    const size_t visible = a->visible[row + r];
-    const size_t seen = visible <= start ? 0 : visible - start < count ? visible - start : count;
-    soften<V>(scores + r * kScoreKeys, seen, count, out + r * a->padded_dim, a->padded_dim, highest + row + r,
-              total + row + r);
+    const auto within = [&](size_t key) { return key <= start ? 0 : key - start < count ? key - start : count; };
+    const size_t first = within(a->first[row + r]), end = within(a->visible[row + r]);
+    soften<V>(scores + r * kScoreKeys, first, end - first, count, out + r * a->padded_dim, a->padded_dim,
+              highest + row + r, total + row + r);
   }
   // padded_dim is a multiple of 16, and so of one vector; of two where a vector holds eight or fewer.
   constexpr size_t kPair = V::kWidth < kKeyBlock ? 2 : 1;
@@ -124,7 +127,7 @@ void attend_typed(const Attend* a) {
   }
   for (size_t i = 0; i < a->rows * a->padded_dim; ++i) a->out[i] = 0;
   const size_t last = a->visible[a->rows - 1];
-  for (size_t start = 0; start < last; start += kScoreKeys) {
+  for (size_t start = a->first[0] / kKeyBlock * kKeyBlock; start < last; start += kScoreKeys) {
     const size_t count = last - start < kScoreKeys ? last - start : kScoreKeys;
     size_t row = 0;
     for (; row + kRows <= a->rows; row += kRows) attend_rows<V, kType, kRows>(a, row, start, count, highest, total);

@@ -219,6 +219,10 @@ void gate(const float* gate, const float* up, size_t n, Activation activation, f
     typename W::Reg y;
     if (activation == Activation::silu) {
       y = W::div(g, W::add(W::set(1), exp<W>(W::sub(W::set(0), g))));
+    } else if (activation == Activation::gelu_tanh) {
+      // g / 2 (1 + tanh(z)) = g / (1 + e^(-2z)), z = sqrt(2 / pi) (g + 0.044715 g^3)
+      const auto cubic = W::mul(g, W::fma(W::mul(g, g), W::set(0.044715f), W::set(1)));
+      y = W::div(g, W::add(W::set(1), exp<W>(W::mul(cubic, W::set(-1.5957691216f)))));
     } else {
       const auto positive = W::max(g, W::set(0));
       y = W::mul(positive, positive);

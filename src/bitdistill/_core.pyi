@@ -70,15 +70,21 @@ class Config:
         head_dim: int,
         max_context: int,
         rms_norm_eps: float,
-        hidden_act: Literal["silu", "relu2"],
-        inv_freq: Sequence[float],
-        rope_scale: float = 1.0,
+        hidden_act: Literal["silu", "relu2", "gelu_tanh"],
+        ropes: Sequence[tuple[Sequence[float], float]],
+        layer_ropes: Sequence[int | None] | None = None,
+        layer_windows: Sequence[int] | None = None,
+        attention_scale: float | None = None,
+        embedding_scale: float = 1.0,
         tie_word_embeddings: bool = False,
         block_size: int | None = None,
         activation_rounding: Literal["divide", "multiply"] = "divide",
     ) -> None:
-        """``inv_freq``: head_dim / 2 RoPE frequencies, after any scaling; ``rope_scale`` multiplies cos and sin.
+        """``ropes``: head_dim / 2 RoPE frequencies, after any scaling, and the factor of cos and sin.
 
+        ``layer_ropes``: which of them a layer uses, None for none; the first everywhere if not given.
+        ``layer_windows``: the last tokens that a token of a layer sees, itself included; 0 for all.
+        ``attention_scale``: of the products of queries and keys, ``head_dim ** -0.5`` if not given.
         ``block_size``: input features per weight scale where scales are per block.
         """
 
@@ -251,8 +257,12 @@ def attend(
     *,
     isa: str,
     exact: bool = False,
+    window: int = 0,
 ) -> NDArray[np.float32]:
-    """Causal attention ``[M, H, E]`` of the last M of T positions; key and value ``[T, KV, E]`` go through a cache."""
+    """Causal attention ``[M, H, E]`` of the last M of T positions; key and value ``[T, KV, E]`` go through a cache.
+
+    ``window``: the last positions that each sees, itself included; 0 for all.
+    """
 
 def head_logits(
     weight: NDArray[Any], weight_scale: NDArray[np.float32] | None, x: NDArray[np.float32], *, isa: str

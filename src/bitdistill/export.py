@@ -1,5 +1,6 @@
 """Checkpoint -> packed model: the folder of docs/format.md, whole or not at all."""
 
+import copy
 import hashlib
 import os
 import shutil
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel
 from .checkpoint import RUN_FILE, read_run, write_json, write_text
 from .errors import CheckpointError, ConfigError
 from .layout import FORMAT_VERSION, LAYOUT, pack, packed_shape
-from .model import FAMILIES, BitLinear
+from .model import BitLinear
 from .model.quant import ternarize
 from .model_card import model_card
 from .packed import (
@@ -124,13 +125,18 @@ def _check_finished(source: str | Path) -> None:
 
 def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
     """Raise unless the engine can run this model."""
-    known = [family.student_type for family in FAMILIES] + ["bitnet"]
-    if model.config.model_type not in known or not any(
-        ternary_of(m) is not None for m in model.modules() if isinstance(m, nn.Linear)
-    ):
+    from .engine.families import FAMILIES
+
+    model_type, known = model.config.model_type, ", ".join(FAMILIES)
+    if not any(ternary_of(m) is not None for m in model.modules() if isinstance(m, nn.Linear)):
         raise CheckpointError(
-            f"{source} is not a ternary model (model_type {model.config.model_type!r}); export takes "
-            f"{', '.join(known)}. Make a student of it first: bitdistill refine"
+            f"{source} is not a ternary model (model_type {model_type!r}); export takes {known}. "
+            "Make a student of it first: bitdistill refine"
+        )
+    if model_type not in FAMILIES:
+        raise CheckpointError(
+            f"{source}: the engine does not run models of type {model_type!r} yet; it runs {known}. Use the student "
+            "with transformers (bitdistill eval, or AutoModelForCausalLM and trust_remote_code=True)"
         )
     bits = {m.spec.activation_bits for m in model.modules() if isinstance(m, BitLinear)} or {8}
     if bits != {8}:
@@ -176,14 +182,26 @@ def packed_tensors(model: PreTrainedModel, head: Form, embedding: Form) -> list[
             continue
         done |= {f"{name}.weight", f"{name}.weight_scale"}
         tensors += _linear(f"{name}.weight", module, float_form)
+    offset = {f"{name}.weight" for name, module in model.named_modules() if _adds_one(module)}
     for name, parameter in model.named_parameters():  # a tied head comes once, as the embedding
         if name in done:
             continue
         if name in (EMBEDDING, HEAD):
             tensors += _table(name, parameter.detach(), head if name == HEAD else embedding)
         else:
-            tensors.append(_plain(name, parameter.detach(), "F32"))
+            gain = parameter.detach().float() + 1 if name in offset else parameter.detach()
+            tensors.append(_plain(name, gain, "F32"))
     return tensors
+
+
+def _adds_one(module: nn.Module) -> bool:
+    """Whether a norm multiplies by ``1 + weight``, as Gemma's do: asked of the norm itself, with a weight of zero."""
+    weight = getattr(module, "weight", None)
+    if not type(module).__name__.endswith("RMSNorm") or weight is None:
+        return False
+    twin = copy.deepcopy(module)
+    nn.init.zeros_(twin.weight)
+    return bool(twin(torch.ones_like(weight)).any())
 
 
 def _linear(name: str, module: nn.Linear, form: Form) -> list[PackedTensor]:

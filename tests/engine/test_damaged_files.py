@@ -139,7 +139,15 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "hidden size": (edit_config(lambda c: c.update(hidden_size="wide")), "hidden_size = 'wide'"),
     "other sizes": (edit_config(lambda c: c.update(hidden_size=64)), "shape"),
     "eps": (edit_config(lambda c: c.update(rms_norm_eps="small")), "config.json"),
-    "sliding window": (edit_config(lambda c: c.update(use_sliding_window=True)), "sliding-window"),
+    "sliding window": (
+        edit_config(lambda c: c.update(layer_types=["sliding_attention"] * 2, sliding_window=0)),
+        "sliding_window = 0",
+    ),
+    "chunked attention": (
+        edit_config(lambda c: c.update(layer_types=["chunked_attention"] * 2)),
+        "'chunked_attention' is not what the engine runs",
+    ),
+    "layer types": (edit_config(lambda c: c.update(layer_types=["full_attention"])), "layer_types"),
     "rope": (edit_config(lambda c: c.update(rope_parameters={"rope_type": "su"})), "rope_type 'su'"),
     "rope a list": (edit_config(lambda c: c.update(rope_parameters=[1])), "rope_parameters = "),
     "stop token": (write("generation_config.json", '{"eos_token_id": "end"}'), "eos_token_id 'end'"),

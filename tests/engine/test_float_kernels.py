@@ -61,9 +61,10 @@ def test_values_that_are_not_finite_do_no_harm(isa: str) -> None:
     dim=st.sampled_from([2, 6, 8, 16, 30, 64, 128]),
     room=st.sampled_from(ROOMS),
     exact=st.booleans(),
+    window=st.sampled_from([0, 1, 15, 16, 17, 300]),
 )
 def test_attention_is_torchs(
-    tokens: int, before: int, kv: int, group: int, dim: int, room: str, exact: bool
+    tokens: int, before: int, kv: int, group: int, dim: int, room: str, exact: bool, window: int
 ) -> None:
     torch.manual_seed(tokens * 1000 + before)
     positions = tokens + before
@@ -71,14 +72,17 @@ def test_attention_is_torchs(
     key, value = torch.randn(positions, kv, dim), torch.randn(positions, kv, dim)
     if not exact:
         key, value = key.half().float(), value.half().float()  # the cache's rounding is not under test
-    mask = torch.arange(positions)[None, :] <= torch.arange(before, positions)[:, None]
+    behind = torch.arange(before, positions)[:, None] - torch.arange(positions)[None, :]
+    mask = (behind >= 0) & (behind < (window or positions))
     expected = F.scaled_dot_product_attention(
         query.transpose(0, 1).double(),
         key.repeat_interleave(group, 1).transpose(0, 1).double(),
         value.repeat_interleave(group, 1).transpose(0, 1).double(),
         attn_mask=mask,
     ).transpose(0, 1)
-    got = _core.attend(query.numpy(), key.numpy(), value.numpy(), dim**-0.5, isa=room, exact=exact)
+    got = _core.attend(
+        query.numpy(), key.numpy(), value.numpy(), dim**-0.5, isa=room, exact=exact, window=window
+    )
     np.testing.assert_allclose(got, expected.numpy(), rtol=2e-5, atol=2e-5)
 
 

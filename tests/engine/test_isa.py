@@ -73,7 +73,7 @@ for linear in ("self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.
     add(f"model.layers.0.{linear}_proj.weight_scale", "F32", 1, 1)
 config = _core.Config(
     vocab_size=16, hidden_size=20, intermediate_size=20, num_hidden_layers=1, num_attention_heads=1,
-    num_key_value_heads=1, head_dim=20, max_context=8, rms_norm_eps=1e-6, hidden_act="silu", inv_freq=[1.0] * 10,
+    num_key_value_heads=1, head_dim=20, max_context=8, rms_norm_eps=1e-6, hidden_act="silu", ropes=[([1.0] * 10, 1.0)],
     tie_word_embeddings=True,
 )
 print(_core.Model(None, tensors, config, threads=1).isa)

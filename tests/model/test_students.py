@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import transformers
+from tiny_families import FAMILY_NAMES, PECULIARITIES, dense_classes, families
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -30,12 +30,8 @@ IN_FEATURES = {
     "down_proj": 80,
 }
 SITES = {"none": (), "subln": ("o_proj", "down_proj"), "all": ATTENTION + FEED_FORWARD}
-DENSE_CLASSES = {
-    "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
-    "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-}
-
-families = pytest.mark.parametrize("family", ["qwen3", "llama"])
+# Attention linears with a bias where the config says attention_bias; the other families have no such switch.
+BIASED = {"qwen2": ("q_proj", "k_proj", "v_proj"), "mistral": ()}
 
 
 def geometry(family: str, **changes: object) -> dict[str, object]:
@@ -54,7 +50,8 @@ def geometry(family: str, **changes: object) -> dict[str, object]:
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
-        "tie_word_embeddings": family == "qwen3",
+        "tie_word_embeddings": family != "llama",
+        **PECULIARITIES.get(family, {}),
         **changes,
     }
 
@@ -75,7 +72,7 @@ def make_student(family: str, ternary: dict[str, object] | None = None, **change
 
 def make_dense(student: PreTrainedModel, family: str, **changes: object) -> PreTrainedModel:
     """The family's own full-precision model with the student's latent weights, embeddings and norms."""
-    config_class, model_class = DENSE_CLASSES[family]
+    config_class, model_class = dense_classes(family)
     dense = model_class(config_class(**geometry(family, **changes))).eval()
     state = {
         name: value for name, value in student.state_dict().items() if not name.endswith("proj.norm.weight")
@@ -102,7 +99,7 @@ def test_all_seven_linears_of_every_layer_turn_ternary_and_nothing_else(family):
         for name in names
     }
     assert type(student.lm_head) is nn.Linear
-    assert type(student.model.embed_tokens) is nn.Embedding
+    assert type(student.model.embed_tokens) is type(make_dense(student, family).model.embed_tokens)
 
 
 @families
@@ -152,10 +149,12 @@ def test_impossible_ternary_settings_in_a_config_are_refused():
 
 
 @families
-def test_attention_bias_stays_in_the_ternary_linears(family):
+def test_biases_of_the_family_stay_in_the_ternary_linears(family):
     attention = make_student(family, attention_bias=True).model.layers[0].self_attn
-    assert attention.o_proj.bias.shape == (48,)
-    assert attention.k_proj.bias.shape == (32,)
+    rows = {"q_proj": 64, "k_proj": 32, "v_proj": 32, "o_proj": 48}
+    biased = BIASED.get(family, ATTENTION)
+    shapes = {name: tuple(p.shape) for name, p in attention.named_parameters() if name.endswith("bias")}
+    assert shapes == {f"{name}.bias": (rows[name],) for name in biased}
     assert make_student(family).model.layers[0].self_attn.o_proj.bias is None
 
 
@@ -167,7 +166,9 @@ def test_fresh_student_is_drawn_like_its_family(family):
     layer = student.model.layers[0]
     assert layer.mlp.up_proj.weight.std().item() == pytest.approx(0.05, rel=0.03)
     assert layer.mlp.down_proj.norm.weight.tolist() == [1.0] * 80
-    assert not layer.self_attn.q_proj.bias.any()
+    biases = [value for name, value in layer.self_attn.named_parameters() if name.endswith("bias")]
+    assert len(biases) == len(BIASED.get(family, ATTENTION))
+    assert not any(bias.any() for bias in biases)
 
 
 @families
@@ -259,6 +260,16 @@ def test_skipped_linears_compute_as_in_the_dense_model(family):
     torch.testing.assert_close(student(some_ids()).logits, dense(some_ids()).logits)
 
 
+@families
+def test_attention_reaches_as_far_back_as_the_family_looks(family):
+    """Two Mistral layers with a window of 4 see 2 x 3 tokens back; elsewhere at least one layer sees everything."""
+    student = make_student(family)
+    other = some_ids()
+    other[:, 0] = (other[:, 0] + 1) % 101
+    differs = (student(other).logits != student(some_ids()).logits).any(dim=-1).any(dim=0)
+    assert differs.tolist() == [True] * 7 + [family != "mistral"] * 2
+
+
 def test_evaluation_ignores_the_warm_up_coefficient_and_training_obeys_it():
     student = make_student("qwen3", {"norm_sites": "none"})
     dense = make_dense(student, "qwen3")
@@ -315,6 +326,7 @@ def test_cached_decoding_of_int8_activations_stays_within_a_step_of_the_whole_se
 # --- checkpoints ---
 
 CHECKPOINTS = {
+    **{family: (family, {}, {}) for family in FAMILY_NAMES},
     "qwen3_subln_tied": ("qwen3", {"norm_sites": "subln"}, {"tie_word_embeddings": True}),
     "qwen3_int4_skip": (
         "qwen3",
@@ -354,7 +366,7 @@ def test_auto_classes_build_a_student_from_its_config(family, tmp_path):
     config = AutoConfig.from_pretrained(tmp_path)
     assert config.model_type == f"bit_{family}"
     model = AutoModelForCausalLM.from_config(config)
-    assert type(model).__name__ == f"Bit{family.capitalize()}ForCausalLM"
+    assert type(model).__name__ == f"Bit{dense_classes(family)[1].__name__}"
     assert isinstance(model.model.layers[0].self_attn.q_proj, BitLinear)
 
 

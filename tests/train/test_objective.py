@@ -6,6 +6,7 @@ import json
 import pytest
 import torch
 from hf_reference import projected_states, rotated_states
+from tiny_families import families
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -19,7 +20,6 @@ from bitdistill.train.surgery import refine
 from bitdistill.train.trainer import fit
 
 IGNORED = -100
-families = pytest.mark.parametrize("family", ["llama", "qwen3"])
 
 
 @pytest.fixture

@@ -1,18 +1,19 @@
 """Surgery: the student keeps every tensor, the report says what happened, sizes are those counted by hand."""
 
 import copy
+import json
 
 import pytest
 import torch
+from tiny_families import families
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bitdistill.errors import SurgeryError
 from bitdistill.model import BitLinear, TernarySpec
 from bitdistill.train.size import model_size
 from bitdistill.train.surgery import refine
 
-families = pytest.mark.parametrize("family", ["llama", "qwen3"])
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 # Small enough to count by hand: 2 query heads and 1 key/value head of width 4.
 COUNTED = {
@@ -55,6 +56,45 @@ def test_every_tensor_of_the_model_is_in_the_student(make_model, family, tied, s
         assert torch.equal(after[name], tensor), name
     for name in new:
         assert torch.equal(after[name], torch.ones_like(after[name])), name
+
+
+@families
+def test_every_setting_of_the_model_is_in_the_student(make_model, family, tmp_path):
+    """And survives saving: window, layer kinds, RoPE bases, activation and the rest."""
+    model = make_model(family)
+    student, _ = refine(model, TernarySpec())
+    student.save_pretrained(tmp_path)
+    own = {"model_type", "architectures", "auto_map", "ternary", "dtype", "_name_or_path"}
+    before = {key: value for key, value in model.config.to_dict().items() if key not in own}
+    for config in (student.config, AutoConfig.from_pretrained(tmp_path)):
+        after = config.to_dict()
+        assert {key: after[key] for key in before} == before
+        assert set(after) - set(before) <= own
+
+
+def test_a_config_in_the_hubs_older_words_keeps_its_meaning(make_model, tmp_path):
+    """Gemma's checkpoints name RoPE bases, scaling and windows by keys that transformers 5 translates."""
+    saved = ("rope_parameters", "layer_types", "sliding_window_pattern")
+    make_model("gemma3_text", num_hidden_layers=4).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config = {key: value for key, value in config.items() if key.removeprefix("_") not in saved}
+    config |= {
+        "rope_theta": 500_000,
+        "rope_local_base_freq": 2_000,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window_pattern": 3,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    student, _ = refine(AutoModelForCausalLM.from_pretrained(tmp_path), TernarySpec())
+    student.save_pretrained(tmp_path / "student")
+    read = AutoConfig.from_pretrained(tmp_path / "student")
+    assert read.rope_parameters == {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 2_000},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 500_000},
+    }
+    sliding, full = "sliding_attention", "full_attention"
+    assert read.layer_types == [sliding, sliding, full, sliding]
+    assert read.sliding_window == 4
 
 
 @families

@@ -7,15 +7,8 @@ from typing import Any
 from .. import _core
 from ..errors import CheckpointError
 from ..packed import WEIGHTS_FILE, Entry, read_header, read_json_object, read_packed_config
-from .rope import rope_frequencies
+from .families import FAMILIES, activation, check_settings, core_name, layer_settings
 
-FAMILIES = ("bit_llama", "bit_qwen3", "bitnet")
-"""``model_type`` of the decoders that the core runs."""
-
-_SUB_NORMS = {
-    "self_attn.attn_sub_norm": "self_attn.o_proj.norm",
-    "mlp.ffn_sub_norm": "mlp.down_proj.norm",
-}
 _SIZES = (
     "vocab_size",
     "hidden_size",
@@ -68,7 +61,9 @@ class PackedModel:
     def core_tensors(self) -> list[_core.Tensor]:
         """Where the core finds each tensor, under the core's names."""
         return [
-            _core.Tensor(core_name(name), e.dtype, e.shape, e.offset, e.nbytes, e.checksum)
+            _core.Tensor(
+                core_name(self.config["model_type"], name), e.dtype, e.shape, e.offset, e.nbytes, e.checksum
+            )
             for name, e in self.entries.items()
         ]
 
@@ -94,15 +89,6 @@ class PackedModel:
         if not all(type(i) is int and i >= 0 for i in ids):
             raise CheckpointError(f"{path}: eos_token_id {found!r} is not an id or a list of ids")
         return tuple(ids)
-
-
-def core_name(name: str) -> str:
-    """BitNet's sub-norms are the norms of the linears they precede."""
-    parent, _, leaf = name.rpartition(".")
-    for theirs, ours in _SUB_NORMS.items():
-        if parent.endswith(theirs):
-            return f"{parent.removesuffix(theirs)}{ours}.{leaf}"
-    return name
 
 
 def linear_shapes(config: dict[str, Any]) -> dict[str, tuple[int, int]]:
@@ -141,21 +127,19 @@ def decoder_config(config: dict[str, Any]) -> _core.Config:
         raise ValueError(
             f"packed.block_size = {packed.get('block_size')!r} does not go with granularity {packed['granularity']!r}"
         )
-    if config.get("use_sliding_window") or "sliding_attention" in (config.get("layer_types") or ()):
-        raise ValueError("sliding-window attention (use_sliding_window) is not what the engine runs")
+    check_settings(config)
     sizes = {key: _size(config, key) for key in _SIZES}
     head_dim = _head_dim(config)
     if type(head_dim) is not int or not 0 < head_dim <= 1 << 16:
         raise ValueError(f"head_dim = {head_dim!r}: expected a positive size")
-    inv_freq, rope_scale = rope_frequencies(config, head_dim)
     return _core.Config(
         **sizes,
         head_dim=head_dim,
         max_context=_size(config, "max_position_embeddings"),
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),
-        hidden_act=config.get("hidden_act", "silu"),
-        inv_freq=inv_freq,
-        rope_scale=rope_scale,
+        hidden_act=activation(config),
+        **layer_settings(config, head_dim),
+        **FAMILIES[config["model_type"]].scales(config),
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         block_size=packed.get("block_size"),
         activation_rounding=packed.get("activation_rounding", "divide"),

@@ -1,9 +1,13 @@
 """The table of model families: facts about Hugging Face classes, no behaviour.
 
-A new decoder family is a new row, provided its linears are ``nn.Linear`` modules inside the decoder layers.
+A new decoder family is a new row, provided its linears are ``nn.Linear`` modules inside the decoder layers and its
+logits are its head's output, unchanged. ``docs/adding_a_family.md`` says which facts to look up.
 """
 
 from dataclasses import dataclass
+
+_GATED_IN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+_GATED_OUT = ("o_proj", "down_proj")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,12 +20,14 @@ class Family:
     """Config class name in ``transformers``."""
     causal_lm_class: str
     """Causal-LM class name in ``transformers``."""
-    linears_in: tuple[str, ...]
+    linears_in: tuple[str, ...] = _GATED_IN
     """Names (last path component) of ternary linears that read the residual stream."""
-    linears_out: tuple[str, ...]
+    linears_out: tuple[str, ...] = _GATED_OUT
     """Names of ternary linears that write to it: the SubLN sites of the paper."""
     norm_eps: str = "rms_norm_eps"
     """Config field whose epsilon the new norms use."""
+    text_checkpoint: str = ""
+    """A text-only checkpoint on the hub, to name when someone gives a multimodal one with this decoder inside."""
 
     @property
     def student_type(self) -> str:
@@ -32,23 +38,17 @@ class Family:
         return self.linears_in + self.linears_out
 
 
-_GATED_IN = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
-_GATED_OUT = ("o_proj", "down_proj")
-
 FAMILIES = (
+    Family(model_type="llama", config_class="LlamaConfig", causal_lm_class="LlamaForCausalLM"),
+    Family(model_type="qwen3", config_class="Qwen3Config", causal_lm_class="Qwen3ForCausalLM"),
+    Family(model_type="qwen2", config_class="Qwen2Config", causal_lm_class="Qwen2ForCausalLM"),
+    Family(model_type="mistral", config_class="MistralConfig", causal_lm_class="MistralForCausalLM"),
+    Family(model_type="smollm3", config_class="SmolLM3Config", causal_lm_class="SmolLM3ForCausalLM"),
     Family(
-        model_type="llama",
-        config_class="LlamaConfig",
-        causal_lm_class="LlamaForCausalLM",
-        linears_in=_GATED_IN,
-        linears_out=_GATED_OUT,
-    ),
-    Family(
-        model_type="qwen3",
-        config_class="Qwen3Config",
-        causal_lm_class="Qwen3ForCausalLM",
-        linears_in=_GATED_IN,
-        linears_out=_GATED_OUT,
+        model_type="gemma3_text",
+        config_class="Gemma3TextConfig",
+        causal_lm_class="Gemma3ForCausalLM",
+        text_checkpoint="google/gemma-3-1b-pt",
     ),
 )
 

@@ -25,10 +25,9 @@ def load_model(source: str | Path, revision: str | None = None) -> PreTrainedMod
     Raises:
         CheckpointError: nothing there, or it is damaged or incomplete.
     """
-    students.register_students()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    _check_exists(source)
+    load_config(source, revision)  # refuses what its config rules out before any weight is fetched
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(source),
@@ -79,14 +78,39 @@ def load_config(source: str | Path, revision: str | None = None) -> PretrainedCo
     """The config of a model, for checks that need no weights.
 
     Raises:
-        CheckpointError: nothing there, or it is damaged.
+        CheckpointError: nothing there, it is damaged, or it is more than a causal decoder and its head.
     """
     students.register_students()
     _check_exists(source)
     try:
-        return AutoConfig.from_pretrained(str(source), revision=revision)
+        config = AutoConfig.from_pretrained(str(source), revision=revision)
     except Exception as error:  # a damaged config can fail in any way
         raise _refusal(source, "config", error) from error
+    _check_decoder(source, config)
+    return config
+
+
+def _check_decoder(source: str | Path, config: PretrainedConfig) -> None:
+    """Losses and scores take a model for a causal decoder and a head; refuse one that would be judged wrongly."""
+    text = config.get_text_config()
+    if text is not config:
+        family = students.find_family(text.model_type)
+        known = family.text_checkpoint if family else ""
+        ready = f"use a text checkpoint such as {known}, or " if known else ""
+        raise CheckpointError(
+            f"{source}: {config.model_type} is a multimodal model around a text decoder of type {text.model_type}; "
+            f"{ready}save the decoder alone first (docs/adding_a_family.md has the lines)"
+        )
+    if getattr(config, "final_logit_softcapping", None) is not None:
+        raise CheckpointError(
+            f"{source}: final_logit_softcapping = {config.final_logit_softcapping} caps the logits, which no loss or "
+            "score here does; use a checkpoint without it (Gemma 3 has none)"
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise CheckpointError(
+            f"{source}: use_bidirectional_attention lets tokens see those they are to predict; use a checkpoint of a "
+            "causal language model"
+        )
 
 
 def check_family(source: str | Path, revision: str | None = None) -> None:
@@ -112,7 +136,7 @@ def convertible_family(model_type: str) -> students.Family:
         known = ", ".join(f.model_type for f in students.FAMILIES)
         raise SurgeryError(
             f"model family {model_type!r} is not supported; known families: {known}. "
-            "A decoder family is one row in bitdistill/model/families.py"
+            "A decoder family is one row in bitdistill/model/families.py (docs/adding_a_family.md)"
         )
     return family
 

@@ -16,7 +16,7 @@ from ..data.corpus import PackedSequences, build_shards, collate_packed, source_
 from ..model import TernarySpec
 from ..processes import is_main_process, process_state
 from ..recipe import to_dict
-from .loading import load_model, load_tokenizer, save_model
+from .loading import check_family, load_model, load_tokenizer, save_model
 from .step import run_step
 from .surgery import refine
 from .weights import write_weight_stats
@@ -37,6 +37,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         settings["calibration"] = to_dict(recipe.corpus) | {"digest": corpus_digest}
 
     def work(folder: Path) -> dict:
+        check_family(source, recipe.revision_of(source))
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         model = load_model(source, recipe.revision_of(source)).to(process_state().device)
         spec = TernarySpec(
