@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from .rope import rope_frequencies
 
-ACTIVATIONS = {"silu": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
+Activation = Literal["silu", "relu2", "gelu_tanh"]
+ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "relu2": "relu2", "gelu_pytorch_tanh": "gelu_tanh"}
 """Hugging Face's names -> the core's."""
 
 
@@ -115,7 +116,7 @@ def _ropes(
     return [rope_frequencies(config, head_dim)], dict.fromkeys(types, 0)
 
 
-def activation(config: dict[str, Any]) -> str:
+def activation(config: dict[str, Any]) -> Activation:
     """The core's name of the gate's activation.
 
     Raises:

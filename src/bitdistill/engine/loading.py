@@ -128,7 +128,7 @@ def decoder_config(config: dict[str, Any]) -> _core.Config:
             f"packed.block_size = {packed.get('block_size')!r} does not go with granularity {packed['granularity']!r}"
         )
     check_settings(config)
-    sizes = {key: _size(config, key) for key in _SIZES}
+    sizes: dict[str, Any] = {key: _size(config, key) for key in _SIZES}
     head_dim = _head_dim(config)
     if type(head_dim) is not int or not 0 < head_dim <= 1 << 16:
         raise ValueError(f"head_dim = {head_dim!r}: expected a positive size")
