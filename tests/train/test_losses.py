@@ -12,7 +12,7 @@ from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitdistill.train import losses
+from bitdistill.train import head_loss, losses
 from bitdistill.train.losses import cross_entropy, logits_kd, relation_kd, shifted_labels
 
 IGNORE_INDEX = -100  # the Hugging Face convention for labels that are not to be predicted
@@ -76,8 +76,8 @@ def test_cross_entropy_never_makes_the_logits_of_more_than_a_block():
         sizes.append(len(hidden))
         return hidden
 
-    cross_entropy(normal(losses.BLOCK_TOKENS * 2 + 3, 4), head, torch.zeros(515, dtype=torch.int64))
-    assert sizes == [losses.BLOCK_TOKENS, losses.BLOCK_TOKENS, 3]
+    cross_entropy(normal(head_loss.BLOCK_TOKENS * 2 + 3, 4), head, torch.zeros(515, dtype=torch.int64))
+    assert sizes == [head_loss.BLOCK_TOKENS, head_loss.BLOCK_TOKENS, 3]
 
 
 def test_cross_entropy_of_no_tokens_is_zero_and_has_a_gradient():
@@ -101,7 +101,7 @@ def test_cross_entropy_of_bf16_is_summed_in_fp32():
 
 
 def test_cross_entropy_gradient_passes_gradcheck(monkeypatch):
-    monkeypatch.setattr(losses, "BLOCK_TOKENS", 3)
+    monkeypatch.setattr(head_loss, "BLOCK_TOKENS", 3)
     labels = torch.arange(7) % 5
 
     def loss(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Letters: B batch, T tokens, V vocabulary, H heads, E width of a head, N selected
 """
 
 import math
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -18,12 +19,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ..data.prompts import IGNORE_INDEX
+from .head_loss import head_loss
 
 BLOCK_RELATIONS = 1 << 22
-"""Relations (heads x tokens x tokens) that exist at the same time, in whole sequences."""
-
-BLOCK_TOKENS = 256
-"""Tokens whose logits are worked on together: a block stays in the processor's cache."""
+"""Relations (heads x rows x columns) that exist at the same time."""
 
 
 def shifted_labels(labels_BT: Tensor) -> Tensor:
@@ -32,31 +31,38 @@ def shifted_labels(labels_BT: Tensor) -> Tensor:
 
 
 def cross_entropy(hidden_NE: Tensor, head: torch.nn.Module, labels_N: Tensor) -> Tensor:
-    """Sum of next-token cross-entropies, ``-log softmax(head(h))[label]``.
+    """Sum of next-token cross-entropies, ``-log softmax(head(h))[label]``, in fp32 at least.
 
     Args:
         hidden_NE: final hidden states of the tokens that predict, ``[N, E]``.
-        head: the output head, ``[N, E] -> [N, V]``.
-        labels_N: the tokens they should predict, ``[N]`` int64.
-
-    Logits are made in blocks of tokens and widened to fp32; autograd keeps what the backward pass needs of each.
+        head: the output head, ``[N, E] -> [N, V]``; see `head_loss`.
+        labels_N: the tokens they should predict, ``[N]`` int64; IGNORE_INDEX adds nothing.
     """
-    total = hidden_NE.new_zeros((), dtype=torch.promote_types(hidden_NE.dtype, torch.float32))
-    for hidden, labels in zip(hidden_NE.split(BLOCK_TOKENS), labels_N.split(BLOCK_TOKENS), strict=True):
-        logits = head(hidden)
-        total = total + F.cross_entropy(_wide(logits), labels, reduction="sum")
-    return total
+
+    def losses(logits: Tensor, rows: slice) -> Tensor:
+        return label_loss(logits, labels_N[rows]).reshape(1)
+
+    return head_loss(hidden_NE, head, losses, hidden_NE.new_ones(1))[0]
 
 
-def logits_kd(student_NV: Tensor, teacher_NV: Tensor, *, temperature: float) -> Tensor:
+def label_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    """Sum of the cross-entropies of some tokens' logits, in fp32 at least."""
+    return F.cross_entropy(_wide(logits_NV), labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
+
+
+def logits_kd(
+    student_NV: Tensor, teacher_NV: Tensor, *, temperature: float, mask_N: Tensor | None = None
+) -> Tensor:
     """Sum over tokens of ``KL(softmax(teacher / tau) || softmax(student / tau))`` (eq. 8-9), no tau^2.
 
     Args:
         student_NV, teacher_NV: logits ``[N, V]``; computed in fp32 (fp64 stays fp64).
+        mask_N: tokens that count, bool ``[N]``; all if None.
     """
     student = F.log_softmax(_wide(student_NV) / temperature, dim=-1)
     teacher = F.log_softmax(_wide(teacher_NV) / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True)
+    kl_N = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
+    return kl_N.sum() if mask_N is None else kl_N.masked_fill(~mask_N, 0.0).sum()
 
 
 def relation_kd(
@@ -101,59 +107,76 @@ def relation_kd(
                 f"student and teacher have {relation_s.shape[1]} and {relation_t.shape[1]} heads here: "
                 "set distill.relation_heads to a number that divides both widths"
             )
-        mask_BTT = _relation_mask(relation_s, key_mask_BT, causal)
-        batch, relation_heads, tokens, _ = relation_s.shape
-        rows = max(1, BLOCK_RELATIONS // (relation_heads * tokens * tokens))
-        for start in range(0, batch, rows):
-            block = slice(start, start + rows)
-            arguments = (
-                relation_s[block],
-                relation_t[block],
-                form,
-                temperature,
-                mask_BTT if mask_BTT is None or mask_BTT.shape[0] == 1 else mask_BTT[block],
-                None if query_mask_BT is None else query_mask_BT[block],
+        relation_heads = relation_s.shape[1]
+        for (start, rows, block_s), (_, _, block_t) in zip(
+            _relation_blocks(relation_s), _relation_blocks(relation_t), strict=True
+        ):
+            sequences = slice(start, start + len(block_s))
+            masks = (None if m is None else m[sequences] for m in (query_mask_BT, key_mask_BT))
+            # The relations of a block live only while it is worked on; the backward pass makes them again.
+            kl = checkpoint(
+                _relation_kl, block_s, block_t, rows, form, temperature, *masks, causal, use_reentrant=False
             )
-            # The [A, T, T] relations of a block live only while it is worked on; the backward pass makes
-            # them again.
-            total = total + checkpoint(_relation_kl, *arguments, use_reentrant=False)
+            total = total + kl / relation_heads
     return total
+
+
+def _relation_blocks(state_BATE: Tensor) -> Iterator[tuple[int, slice, Tensor]]:
+    """Blocks of at most BLOCK_RELATIONS relations: whole sequences, else heads of one, else rows of one head.
+
+    Yields:
+        The first sequence of the block, its rows, and its states ``[b, a, T, E]`` with all T columns.
+    """
+    batch, heads, tokens, _ = state_BATE.shape
+    num_sequences, num_heads, num_rows = (
+        min(max(1, BLOCK_RELATIONS // relations), most)
+        for relations, most in ((heads * tokens * tokens, batch), (tokens * tokens, heads), (tokens, tokens))
+    )
+    # Split, not sliced: the gradients of slices would each be as large as all states.
+    for index, sequences in enumerate(state_BATE.split(num_sequences)):
+        for block in sequences.split(num_heads, dim=1):
+            for row in range(0, tokens, num_rows):
+                yield index * num_sequences, slice(row, row + num_rows), block
 
 
 def _relation_kl(
     student_BATE: Tensor,
     teacher_BATE: Tensor,
+    rows: slice,
     form: str,
     temperature: float,
-    mask_BTT: Tensor | None,
     query_mask_BT: Tensor | None,
+    key_mask_BT: Tensor | None,
+    causal: bool,
 ) -> Tensor:
-    """Sum over rows, mean over heads, of the KL between the relations of some sequences.
+    """Sum over ``rows`` and heads of the KL between the relations of some sequences.
 
     Autocast is off here: under bf16 the matrix product and the softmax round by more than the two relations
     differ late in training, and the gradient turns away from the true one.
     """
-    mask = None if mask_BTT is None else mask_BTT[:, None]
+    mask = _relation_mask(student_BATE, rows, key_mask_BT, causal)
     with torch.autocast(student_BATE.device.type, enabled=False):
-        log_s = _log_relations(student_BATE, form, temperature, mask)
-        log_t = _log_relations(teacher_BATE, form, temperature, mask)
+        log_s = _log_relations(student_BATE, rows, form, temperature, mask)
+        log_t = _log_relations(teacher_BATE, rows, form, temperature, mask)
     kl = log_t.exp() * (log_t - log_s)
     if mask is not None:
         kl = kl.masked_fill(~mask, 0.0)
-    kl_BT = kl.sum(dim=-1).mean(dim=1)
+    kl_BR = kl.sum(dim=(1, -1))
     if query_mask_BT is not None:
-        kl_BT = kl_BT.masked_fill(~query_mask_BT, 0.0)
-    return kl_BT.sum()
+        kl_BR = kl_BR.masked_fill(~query_mask_BT[:, rows], 0.0)
+    return kl_BR.sum()
 
 
-def _log_relations(state_BATE: Tensor, form: str, temperature: float, mask: Tensor | None) -> Tensor:
-    """Log of the relations ``[B, A, T, T]``; ``mask`` broadcasts to that shape."""
+def _log_relations(
+    state_BATE: Tensor, rows: slice, form: str, temperature: float, mask: Tensor | None
+) -> Tensor:
+    """Log of the relations ``[B, A, rows, T]``; ``mask`` broadcasts to that shape."""
     state = _wide(state_BATE)
     if form == "cosine":
         state = F.normalize(state, dim=-1)
-        scores = state @ state.transpose(-1, -2)
-    else:
-        scores = state @ state.transpose(-1, -2) / math.sqrt(state.shape[-1])
+    scores = state[:, :, rows] @ state.transpose(-1, -2)
+    if form == "scaled_dot":
+        scores = scores / math.sqrt(state.shape[-1])
     scores = scores / temperature
     if mask is not None:
         # A finite floor, not -inf: log_t - log_s of two excluded columns must not be NaN.
@@ -161,16 +184,15 @@ def _log_relations(state_BATE: Tensor, form: str, temperature: float, mask: Tens
     return F.log_softmax(scores, dim=-1)
 
 
-def _relation_mask(state: Tensor, key_mask_BT: Tensor | None, causal: bool) -> Tensor | None:
-    """Bool ``[B or 1, T, T]``, True where a row may relate to a column; a row always relates to itself."""
-    tokens = state.shape[2]
+def _relation_mask(state: Tensor, rows: slice, key_mask_BT: Tensor | None, causal: bool) -> Tensor | None:
+    """Bool ``[B, 1, rows, T]`` or ``[rows, T]``: what a row may relate to, which always includes itself."""
+    column = torch.arange(state.shape[2], device=state.device)
+    row = column[rows, None]
     mask = None
     if key_mask_BT is not None:
-        own = torch.eye(tokens, dtype=torch.bool, device=state.device)
-        mask = key_mask_BT[:, None, :] | own
+        mask = key_mask_BT[:, None, None] | (row == column)
     if causal:
-        triangle = torch.ones(tokens, tokens, dtype=torch.bool, device=state.device).tril()[None]
-        mask = triangle if mask is None else mask & triangle
+        mask = row >= column if mask is None else mask & (row >= column)
     return mask
 
 

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 from ..config import DistillConfig
 from ..errors import TrainingError
+from .head_loss import block_linear, head_loss
 from .losses import (
-    BLOCK_TOKENS,
     IGNORE_INDEX,
     cross_entropy,
+    label_loss,
     logits_kd,
     relation_kd,
     shifted_labels,
@@ -120,14 +121,17 @@ class Distillation(LanguageModelling):
         hidden_s, states_s = self._run(self.student, batch, 0)
         with torch.no_grad():
             hidden_t, states_t = self._run(teacher, batch, 1)
-        loss = self.label_cross_entropy(hidden_s, labels) / totals[0]
-        parts = {"loss/ce": loss}
         if config.lambda_logits:
-            chosen = self._kd_mask(labels, attention_mask)
-            kd = self._logits_kd(hidden_s[chosen], hidden_t[chosen]) / totals[1]
-            weighted = config.lambda_logits * kd
-            loss = loss + weighted
-            parts |= {"loss/logits_kd": kd, "loss/logits_kd_weighted": weighted}
+            kd_mask = self._kd_mask(labels, attention_mask)
+            loss, ce, kd = self._head_losses(hidden_s, hidden_t, shifted_labels(labels), kd_mask, totals)
+            parts = {
+                "loss/ce": ce,
+                "loss/logits_kd": kd,
+                "loss/logits_kd_weighted": config.lambda_logits * kd,
+            }
+        else:
+            loss = self.label_cross_entropy(hidden_s, labels) / totals[0]
+            parts = {"loss/ce": loss}
         if config.gamma_relation:
             relation = self._relation_kd(states_s, states_t, attention_mask.bool()) / totals[2]
             weighted = config.gamma_relation * relation
@@ -146,17 +150,35 @@ class Distillation(LanguageModelling):
             ).last_hidden_state
         return hidden, states
 
-    def _logits_kd(self, hidden_s: Tensor, hidden_t: Tensor) -> Tensor:
-        """Sum over tokens, with logits made in blocks of tokens."""
-        head_s, head_t = self.student.get_output_embeddings(), self.teacher.get_output_embeddings()
-        total = hidden_s.new_zeros((), dtype=torch.promote_types(hidden_s.dtype, torch.float32))
-        for block_s, block_t in zip(hidden_s.split(BLOCK_TOKENS), hidden_t.split(BLOCK_TOKENS), strict=True):
-            total = total + logits_kd(
-                head_s(block_s)[:, : self.vocab_size],
-                head_t(block_t)[:, : self.vocab_size],
-                temperature=self.distill.temperature,
-            )
-        return total * self.distill.temperature**2 if self.distill.tau_squared else total
+    def _head_losses(
+        self, hidden_s: Tensor, hidden_t: Tensor, labels: Tensor, kd_mask: Tensor, totals: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """``CE + lambda * logits KD`` with a graph, CE and logits KD; of logits that are made once for both.
+
+        Args:
+            hidden_s, hidden_t: final hidden states of student and teacher, ``[B, T, E]`` each.
+            labels: what each position predicts, ``[B, T]``.
+            kd_mask: positions of the logits KD, bool ``[B, T]``.
+        """
+        config = self.distill
+        chosen = kd_mask | (labels != IGNORE_INDEX)
+        labels_N, kd_N, hidden_t = labels[chosen], kd_mask[chosen], hidden_t[chosen]
+        head_t = block_linear(self.teacher.get_output_embeddings())
+
+        def losses(logits: Tensor, rows: slice) -> Tensor:
+            with torch.no_grad():
+                teacher = head_t(hidden_t[rows])[:, : self.vocab_size]
+            student = logits[:, : self.vocab_size]
+            kd = logits_kd(student, teacher, temperature=config.temperature, mask_N=kd_N[rows])
+            return torch.stack((label_loss(logits, labels_N[rows]), kd))
+
+        factors = (1.0, config.temperature**2 if config.tau_squared else 1.0)
+        wide = torch.promote_types(hidden_s.dtype, torch.float32)
+        scales = torch.tensor(factors, dtype=wide, device=totals.device) / totals[:2]
+        weights = scales * scales.new_tensor((1.0, config.lambda_logits))
+        loss, sums = head_loss(hidden_s[chosen], self.student.get_output_embeddings(), losses, weights)
+        ce, kd = sums * scales
+        return loss, ce, kd
 
     def _relation_kd(
         self, states_s: dict[int, States], states_t: dict[int, States], real_BT: Tensor
