@@ -149,7 +149,7 @@ def evaluate_classification(
 ) -> Evaluation:
     """Accuracy by label log-likelihood."""
     label_ids = [encoder.answer(label) for label in labels]
-    prompts = encoder.prompts([e.prompt for e in examples], max(map(len, label_ids)))
+    prompts = encoder.prompts(examples, max(map(len, label_ids)))
     scores = scorer.log_likelihoods([(prompt, ids) for prompt in prompts for ids in label_ids])
     correct = []
     for index, example in enumerate(examples):
@@ -162,7 +162,7 @@ def evaluate_generation(
     scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], max_new_tokens: int
 ) -> Evaluation:
     """Exact match of greedy answers, surrounding white space ignored."""
-    prompts = encoder.prompts([e.prompt for e in examples], max_new_tokens)
+    prompts = encoder.prompts(examples, max_new_tokens)
     answers = scorer.generate(prompts, max_new_tokens)
     texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     return Evaluation.of(
