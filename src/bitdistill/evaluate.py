@@ -1,12 +1,13 @@
-"""Task accuracy and perplexity, through one protocol that any model can offer.
+"""How good a model is at a task, and its perplexity, through one protocol that any model can offer.
 
 Classification by label log-likelihood: the score of a label is the sum of the log-probabilities of its tokens after
-the prompt, with no length normalisation, and the highest score wins (the first on a tie).
+the prompt, with no length normalisation, and the highest score wins (the first on a tie). Classification by
+generation: the model writes greedily as many tokens as the longest label has, and its answer is the label that the
+text begins with (the longest such label; none is a wrong answer).
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .data.corpus import PackedSequences
 from .data.prompts import PromptEncoder
 from .data.tasks import Example
+from .metrics import Evaluation, Score, judge_summaries
 from .processes import process_state
 
 BATCH_TOKENS = 4096
@@ -32,24 +34,6 @@ class Scorer(Protocol):
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
         """Greedy continuation of every prompt, up to and without the end-of-text token."""
         ...
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Result of a task."""
-
-    metric: str
-    """``accuracy`` or ``exact_match``."""
-    value: float
-    stderr: float
-    correct: tuple[bool, ...]
-    """Item by item, in the order of the data, so that two models can be compared in pairs."""
-
-    @classmethod
-    def of(cls, metric: str, correct: Sequence[bool]) -> "Evaluation":
-        """Mean and binomial standard error."""
-        value = sum(correct) / len(correct)
-        return cls(metric, value, math.sqrt(value * (1 - value) / len(correct)), tuple(correct))
 
 
 class TorchScorer:
@@ -158,14 +142,49 @@ def evaluate_classification(
     return Evaluation.of("accuracy", correct)
 
 
+def evaluate_classification_by_generation(
+    scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], labels: Sequence[str]
+) -> Evaluation:
+    """Accuracy of greedy answers, and the share of answers that are no label."""
+    longest = max(len(encoder.answer(label)) for label in labels)
+    found = [label_in(text, labels) for text in greedy_answers(scorer, encoder, examples, longest)]
+    correct = [label == example.label for label, example in zip(found, examples, strict=True)]
+    return Evaluation.of("accuracy", correct, {"no_label": Score.of([label is None for label in found])})
+
+
+def label_in(text: str, labels: Sequence[str]) -> int | None:
+    """Index of the longest label that a text begins with, as whole words; None if it begins with none."""
+    text = text.strip()
+    found = None
+    for index, label in enumerate(map(str.strip, labels)):
+        begins = text.startswith(label) and not text[len(label) : len(label) + 1].isalnum()
+        if begins and (found is None or len(label) > len(labels[found].strip())):
+            found = index
+    return found
+
+
 def evaluate_generation(
     scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], max_new_tokens: int
 ) -> Evaluation:
     """Exact match of greedy answers, surrounding white space ignored."""
-    prompts = encoder.prompts(examples, max_new_tokens)
-    answers = scorer.generate(prompts, max_new_tokens)
-    texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    texts = greedy_answers(scorer, encoder, examples, max_new_tokens)
     return Evaluation.of(
         "exact_match",
         [text.strip() == e.answer.strip() for text, e in zip(texts, examples, strict=True)],
     )
+
+
+def evaluate_summaries(
+    scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], max_new_tokens: int
+) -> Evaluation:
+    """ROUGE and BLEU of greedy answers."""
+    texts = greedy_answers(scorer, encoder, examples, max_new_tokens)
+    return judge_summaries(texts, [e.answer for e in examples])
+
+
+def greedy_answers(
+    scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], max_new_tokens: int
+) -> list[str]:
+    """What a model writes behind every prompt."""
+    answers = scorer.generate(encoder.prompts(examples, max_new_tokens), max_new_tokens)
+    return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
