@@ -34,7 +34,10 @@ Output = Annotated[Path, typer.Option(help="Folder of the new checkpoint.")]
 INTERRUPTED = 130
 """Exit status after Ctrl-C (128 + SIGINT), which typer turns into an exit."""
 
-_TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "datasets")
+_EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "datasets"), "train,report") | {
+    "lm_eval": "eval"
+}
+"""Packages that not every installation has -> the extra that brings them."""
 _debug = False
 
 
@@ -286,8 +289,10 @@ def _deploy(recipe: "Recipe", result: dict[str, Any]) -> None:
 
 def _remedy(error: BaseException) -> str | None:
     """The message for errors that are the machine's, not the program's; None for everything else."""
-    if isinstance(error, ModuleNotFoundError) and error.name in _TRAIN_PACKAGES:
-        return f"this verb needs {error.name}; install it with: pip install 'bitdistill[train,report]'"
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        return (
+            f"this verb needs {error.name}; install it with: pip install 'bitdistill[{_EXTRAS[error.name]}]'"
+        )
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
         return (

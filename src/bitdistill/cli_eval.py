@@ -1,5 +1,6 @@
 """The verbs that judge models, and the table of a run."""
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,6 +13,7 @@ from .errors import ConfigError
 def add_verbs(app: typer.Typer) -> None:
     """Register the verbs."""
     app.command("eval")(evaluate)
+    app.command("lm-eval")(lm_eval)
 
 
 def evaluate(
@@ -57,6 +59,34 @@ def evaluate(
         highlight=False,
         soft_wrap=True,
     )
+    write_json_to(json_path, result)
+
+
+def lm_eval(
+    source: Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint, hub id, or exported model.")],
+    tasks: Annotated[str, typer.Option(help="Tasks of lm-eval, separated by commas.")],
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="Folder with further task files (YAML).")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", help="Examples in the prompt.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first items of every task.")] = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Exported models: keys and values in fp32.")] = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
+    json_path: JsonFile = None,
+) -> None:
+    """Judge a model on tasks of the lm-eval harness; an exported one in the engine."""
+    from . import harness
+
+    result, table = harness.run(
+        source,
+        [task.strip() for task in tasks.split(",")],
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        exact=exact,
+        chat=chat,
+    )
+    console.print(table, highlight=False, soft_wrap=True)
     write_json_to(json_path, result)
 
 

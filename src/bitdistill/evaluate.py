@@ -8,11 +8,11 @@ text begins with (the longest such label; none is a wrong answer).
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from .data.corpus import PackedSequences
 from .data.prompts import PromptEncoder
@@ -41,17 +41,25 @@ class TorchScorer:
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.to(process_state().device).eval()
+        self.tokenizer = tokenizer
         self.pad_id = tokenizer.pad_token_id
         self.end_id = tokenizer.eos_token_id
 
-    @torch.inference_mode()
     def log_likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """See ``Scorer``. Requests that feed the model the same tokens share one pass."""
+        """See ``Scorer``."""
+        return [score for score, _ in self.scored(requests)]
+
+    @torch.inference_mode()
+    def scored(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """``log p(continuation | context)``, and whether it is what greedy decoding would write.
+
+        Requests that feed the model the same tokens share one pass.
+        """
         inputs = {tuple(context + continuation[:-1]) for context, continuation in requests}
         by_input: dict[tuple[int, ...], list[int]] = {ids: [] for ids in inputs}
         for index, (context, continuation) in enumerate(requests):
             by_input[tuple(context + continuation[:-1])].append(index)
-        scores = [0.0] * len(requests)
+        scores = [(0.0, False)] * len(requests)
         for batch in _length_batches(sorted(by_input, key=lambda ids: (len(ids), ids))):
             hidden = self._hidden(batch)
             for row, ids in enumerate(batch):
@@ -61,7 +69,7 @@ class TorchScorer:
                     logits = self.model.get_output_embeddings()(hidden[row, positions]).float()
                     targets = torch.tensor(continuation, device=logits.device)
                     log_probs = F.log_softmax(logits, dim=-1).gather(1, targets[:, None])
-                    scores[index] = float(log_probs.sum())
+                    scores[index] = float(log_probs.sum()), bool((logits.argmax(-1) == targets).all())
         return scores
 
     def _hidden(self, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
@@ -78,8 +86,10 @@ class TorchScorer:
         ).last_hidden_state
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """See ``Scorer``. Batches are left-padded."""
+    def generate(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """See ``Scorer``. Batches are left-padded. ``stop``: texts that end an answer; they may be part of it."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
         for batch in _length_batches([tuple(prompts[i]) for i in order], indices=order):
@@ -94,6 +104,7 @@ class TorchScorer:
                 do_sample=False,
                 pad_token_id=self.pad_id,
                 eos_token_id=self.end_id,
+                stopping_criteria=[_StopTexts(self.tokenizer, stop, length)] if stop else None,
             )
             for index, ids in zip(batch, output[:, length:].tolist(), strict=True):
                 answers[index] = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
@@ -112,6 +123,19 @@ class TorchScorer:
             total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
             tokens += ids[:, 1:].numel()
         return math.exp(total / tokens)
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends every row of a batch whose new text holds one of ``stop``."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], start: int) -> None:
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Per row, whether it is done."""
+        del scores, kwargs
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([any(s in text for s in self.stop) for text in texts], device=input_ids.device)
 
 
 def _length_batches(sequences: Sequence[tuple[int, ...]], indices: Sequence[int] | None = None) -> list[list]:
