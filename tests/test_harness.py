@@ -146,6 +146,7 @@ task: {name}
 dataset_path: json
 dataset_kwargs:
   data_files: {{test: "{folder}/rows.jsonl"}}
+  cache_dir: "{folder}/cache"
 test_split: test
 output_type: {kind}
 """
