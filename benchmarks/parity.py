@@ -157,7 +157,7 @@ def task_parity(recipe: Recipe, model: Any, tokenizer: Any, engine: Engine) -> d
     task = load_task(recipe.task)
     encoder = PromptEncoder(tokenizer, recipe.task.max_length)
     labels = [encoder.answer(label) for label in task.labels]
-    prompts = encoder.prompts([e.prompt for e in task.test], max(map(len, labels)))
+    prompts = encoder.prompts(task.test, max(map(len, labels)))
     requests = [(prompt, ids) for prompt in prompts for ids in labels]
     theirs, ours = (
         np.array(scorer.log_likelihoods(requests)).reshape(-1, len(labels))

@@ -1,4 +1,4 @@
-"""Median, lowest and highest accuracy of each method over the result.json files of several seeds.
+"""Median, lowest and highest score of each method over the result.json files of several seeds.
 
 python benchmarks/summarise.py runs/demo-seed*/result.json [--json OUT]
 """
@@ -11,15 +11,16 @@ from typing import Any
 
 
 def summarise(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Per method: accuracies by seed, median, mean, range, bytes, and the gap to the better full-precision row."""
+    """Per method: scores by seed, median, mean, range, bytes, and the gap to the better full-precision row."""
     methods = [key for key in results[0] if key != "meta"]
+    metric = results[0]["meta"].get("metric", "accuracy")  # older results do not name it
     summary: dict[str, Any] = {"seeds": [r["meta"]["seed"] for r in results], "methods": {}}
     for key in methods:
-        values = [r[key]["accuracy"] for r in results]
-        better = [max(r[k]["accuracy"] for k in ("fp16_sft", "fp16_ct_sft") if k in r) for r in results]
+        values = [r[key][metric] for r in results]
+        better = [max(r[k][metric] for k in ("fp16_sft", "fp16_ct_sft") if k in r) for r in results]
         summary["methods"][key] = {
             "label": results[0][key]["label"],
-            "accuracy": values,
+            metric: values,
             "median": statistics.median(values),
             "mean": statistics.fmean(values),
             "lowest": min(values),

@@ -14,7 +14,8 @@ from bitdistill.config import CorpusConfig
 from bitdistill.data.corpus import PackedSequences, build_shards
 from bitdistill.data.prompts import PromptEncoder
 from bitdistill.data.tasks import Example
-from bitdistill.evaluate import Evaluation, TorchScorer, evaluate_classification, evaluate_generation
+from bitdistill.evaluate import TorchScorer, evaluate_classification, evaluate_generation
+from bitdistill.metrics import Evaluation
 from bitdistill.model import TernarySpec
 from bitdistill.train.surgery import refine
 
@@ -84,7 +85,7 @@ def test_accuracy_is_the_share_of_items_whose_label_scores_highest(model, tokeni
         for prompt in PROMPTS
     ]
     expected = tuple(found == example.label for found, example in zip(best, examples, strict=True))
-    assert result.correct == expected
+    assert result.items == expected
     assert result.metric == "accuracy"
     assert result.value == sum(expected) / 4
 
@@ -105,9 +106,9 @@ def test_the_first_label_wins_a_tie_and_length_is_not_normalised(tokenizer):
     ids = [tuple(tokenizer.encode(label)) for label in labels]
     examples = [Example("x", labels[i], i) for i in range(3)]
     tie = FixedScores({ids[0]: -1.0, ids[1]: -1.0, ids[2]: -1.5})
-    assert evaluate_classification(tie, encoder, examples, labels).correct == (True, False, False)
+    assert evaluate_classification(tie, encoder, examples, labels).items == (True, False, False)
     longest = FixedScores({ids[0]: -1.0, ids[1]: -1.0, ids[2]: -0.9})
-    assert evaluate_classification(longest, encoder, examples, labels).correct == (False, False, True)
+    assert evaluate_classification(longest, encoder, examples, labels).items == (False, False, True)
 
 
 def test_standard_error_is_binomial():
@@ -148,7 +149,7 @@ def test_exact_match_is_the_share_of_texts_that_agree(make_model, tokenizer):
     answers = [f" {texts[0]}\n", texts[1][:-1], texts[2], "something else"]
     examples = [Example(prompt, answer, None) for prompt, answer in zip(PROMPTS, answers, strict=True)]
     result = evaluate_generation(TorchScorer(model, tokenizer), encoder, examples, 6)
-    assert result.correct == (True, False, True, False)
+    assert result.items == (True, False, True, False)
     assert (result.metric, result.value) == ("exact_match", 0.5)
 
 

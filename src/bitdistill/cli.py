@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.logging import RichHandler
-from rich.table import Table
 
-from . import __version__, cli_engine
-from .cli_output import JsonFile, console, stderr, write_json_to
+from . import __version__, cli_engine, cli_eval
+from .cli_output import JsonFile, Overrides, RecipeFile, console, load, stderr, write_json_to
 from .errors import BitDistillError, ConfigError
 
 if TYPE_CHECKING:
@@ -29,18 +28,16 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML recipe.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe; repeatable."),
-]
 Source = Annotated[str, typer.Option(help="Checkpoint folder or hub id to start from.")]
 Output = Annotated[Path, typer.Option(help="Folder of the new checkpoint.")]
 
 INTERRUPTED = 130
 """Exit status after Ctrl-C (128 + SIGINT), which typer turns into an exit."""
 
-_TRAIN_PACKAGES = ("torch", "transformers", "accelerate", "datasets")
+_EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "datasets"), "train,report") | {
+    "lm_eval": "eval"
+}
+"""Packages that not every installation has -> the extra that brings them."""
 _debug = False
 
 
@@ -97,7 +94,7 @@ def demo(
 @app.command()
 def run(recipe: RecipeFile, set_: Overrides = None, json_path: JsonFile = None) -> None:
     """Run a whole recipe: every method, the table, the report. A killed run continues where it was."""
-    _run_recipe(_load(recipe, set_), json_path)
+    _run_recipe(load(recipe, set_), json_path)
 
 
 @app.command()
@@ -111,7 +108,7 @@ def refine(
     """Stage 1: make a ternary student of a model (SubLN surgery)."""
     from .train import stage1_refine
 
-    _step(stage1_refine.run, _load(recipe, set_), source, output, json_path)
+    _step(stage1_refine.run, load(recipe, set_), source, output, json_path)
     if not _is_first_process():
         return
     surgery = (output / "surgery.txt").read_text(encoding="utf-8")
@@ -131,7 +128,7 @@ def pretrain(
     """Stage 2: continue the pre-training of a checkpoint on the recipe's corpus; or make the recipe's base."""
     from .train import base, stage2_pretrain
 
-    config = _load(recipe, set_)
+    config = load(recipe, set_)
     if not source and config.base is None:
         raise ConfigError(
             "--source is missing: name the checkpoint to continue (this recipe has no [base] to make)"
@@ -153,7 +150,7 @@ def sft(
     """Fine-tune a checkpoint on the recipe's task with plain cross-entropy (teacher and baselines)."""
     from .train import sft as sft_stage
 
-    _step(sft_stage.run, _load(recipe, set_), source, output, json_path)
+    _step(sft_stage.run, load(recipe, set_), source, output, json_path)
 
 
 @app.command()
@@ -168,54 +165,8 @@ def distill(
     """Stage 3: fine-tune a student on the recipe's task beside a teacher."""
     from .train import stage3_distill
 
-    config = _load(recipe, set_, {"distill.teacher": teacher})
+    config = load(recipe, set_, {"distill.teacher": teacher})
     _step(stage3_distill.run, config, source, output, json_path)
-
-
-@app.command("eval")
-def evaluate(
-    recipe: RecipeFile,
-    source: Annotated[str, typer.Argument(help="Checkpoint folder or hub id.")],
-    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
-    perplexity: Annotated[
-        bool, typer.Option(help="Perplexity on the corpus's held-out part instead.")
-    ] = False,
-    engine: Annotated[
-        bool, typer.Option("--engine", help="SOURCE is an exported model: run it in the CPU engine.")
-    ] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="With --engine: keys and values in fp32.")] = False,
-    set_: Overrides = None,
-    json_path: JsonFile = None,
-) -> None:
-    """Evaluate a checkpoint on the recipe's task, or its perplexity; in torch, or an exported one in the engine."""
-    from . import deploy, pipeline
-    from .data.tasks import load_task
-
-    config = _load(recipe, set_)
-    if split not in ("test", "validation"):
-        raise ConfigError(f"--split {split}: use test or validation")
-    if exact and not engine:
-        raise ConfigError("--exact changes the engine's attention cache; give it with --engine")
-    if perplexity:
-        if engine:
-            value = deploy.engine_perplexity(config, source, exact=exact)
-        else:
-            value = pipeline.heldout_perplexity(config, source)
-        result: dict[str, Any] = {"perplexity": value}
-    else:
-        task = load_task(config.task)
-        if engine:
-            found = deploy.evaluate_engine(config, task, source, split, exact=exact)
-        else:
-            found = pipeline.evaluate_model(config, task, source, split)
-        result = {found.metric: found.value, "stderr": found.stderr, "items": len(found.correct)}
-    result = {"source": source, "split": "heldout" if perplexity else split} | result
-    console.print(
-        "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()),
-        highlight=False,
-        soft_wrap=True,
-    )
-    write_json_to(json_path, result)
 
 
 @app.command()
@@ -277,13 +228,8 @@ def report(
     write_json_to(json_path, {"html": paths[0], "markdown": paths[1]})
 
 
+cli_eval.add_verbs(app)
 cli_engine.add_verbs(app)
-
-
-def _load(path: Path, overrides: list[str] | None, values: dict[str, Any] | None = None) -> "Recipe":
-    from .recipe import load_recipe
-
-    return load_recipe(path, overrides or (), values)
 
 
 def _step(
@@ -309,7 +255,7 @@ def _run_recipe(recipe: "Recipe", json_path: Path | None, *, deploy: bool = Fals
     result = pipeline.run(recipe)
     if not _is_first_process():
         return
-    console.print(_result_table(result))
+    console.print(cli_eval.result_table(result))
     if deploy and {"bitdistill", "fp16_sft"} <= result.keys():
         _deploy(recipe, result)
     write_json_to(json_path, result)
@@ -341,34 +287,12 @@ def _deploy(recipe: "Recipe", result: dict[str, Any]) -> None:
     )
 
 
-def _result_table(result: dict[str, Any]) -> Table:
-    meta = result["meta"]
-    table = Table(
-        title=f"{meta['task']}, seed {meta['seed']}, {meta['eval_items']} test items", title_justify="left"
-    )
-    columns = ("method", "accuracy", "+-", "bytes", "smaller", "learning rate", "time")
-    for column in columns:
-        table.add_column(column, justify="left" if column == "method" else "right")
-    rows = {key: row for key, row in result.items() if key != "meta"}
-    biggest = max(row["bytes"] for row in rows.values())
-    for row in rows.values():
-        value = row.get("accuracy", row.get("exact_match"))
-        table.add_row(
-            row["label"],
-            f"{100 * value:.2f} %",
-            f"{100 * row['stderr']:.2f}",
-            f"{row['bytes']:,}",
-            f"{biggest / row['bytes']:.2f}x",
-            f"{row['learning_rate']:g}",
-            " + ".join(f"{seconds:.0f}" for seconds in row["time_s"].values()) + " s",
-        )
-    return table
-
-
 def _remedy(error: BaseException) -> str | None:
     """The message for errors that are the machine's, not the program's; None for everything else."""
-    if isinstance(error, ModuleNotFoundError) and error.name in _TRAIN_PACKAGES:
-        return f"this verb needs {error.name}; install it with: pip install 'bitdistill[train,report]'"
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        return (
+            f"this verb needs {error.name}; install it with: pip install 'bitdistill[{_EXTRAS[error.name]}]'"
+        )
     text = str(error)
     if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in text or "os error 28" in text:
         return (

@@ -1,15 +1,23 @@
-"""What every verb prints to and writes."""
+"""What every verb reads, prints to and writes."""
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+if TYPE_CHECKING:
+    from .config import Recipe
+
 console = Console(markup=False)  # paths and patterns may hold brackets
 stderr = Console(stderr=True)
 
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="TOML recipe.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change a value of the recipe; repeatable."),
+]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the result here as JSON.")
 ]
@@ -25,3 +33,10 @@ def write_json_to(path: Path | None, value: Any) -> None:
     from .checkpoint import write_json
 
     write_json(path, value)
+
+
+def load(path: Path, overrides: list[str] | None, values: dict[str, Any] | None = None) -> "Recipe":
+    """The recipe of a verb, with what its command line changes."""
+    from .recipe import load_recipe
+
+    return load_recipe(path, overrides or (), values)

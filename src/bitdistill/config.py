@@ -11,6 +11,16 @@ METHODS = ("fp16_sft", "fp16_ct_sft", "bitnet_sft", "bitdistill")
 """FP16-SFT is the teacher; FP16-CT-SFT the full-precision control that also sees the stage-2 text; BitNet-SFT the
 direct ternary fine-tune; BitDistill the three stages."""
 
+TASK_KINDS: dict[str, Literal["classification", "generation", "summarisation"]] = {
+    "sst2": "classification",
+    "qnli": "classification",
+    "mnli": "classification",
+    "mnli_mismatched": "classification",
+    "cnndm": "summarisation",
+    "grammar": "classification",
+}
+"""What the built-in tasks are; a ``jsonl`` task says it itself."""
+
 ABLATIONS = ("no_subln", "no_pretrain", "no_distill", "no_logits_kd", "no_relation_kd")
 """Switches written behind a method, as in ``bitdistill:no_pretrain`` or ``bitdistill:no_subln+no_distill``."""
 
@@ -83,31 +93,43 @@ class TaskConfig:
     """The task the student is for."""
 
     name: str = "sst2"
-    """``sst2``, ``grammar`` (built in, generated) or ``jsonl`` (yours, with the fields below)."""
+    """``sst2``, ``qnli``, ``mnli`` (``mnli_mismatched``: judged on the other development set), ``cnndm``, ``grammar``
+    (generated) or ``jsonl`` (yours, with the fields below)."""
     data_dir: str = ""
-    """Folder with the data; empty loads a built-in task from the Hugging Face hub."""
-    kind: Literal["classification", "generation"] = "classification"
-    """Classification is scored by label log-likelihood, generation by exact match."""
+    """Folder with the data, as GLUE or the hub give it; empty loads a built-in task from the Hugging Face hub."""
+    kind: Literal["auto", "classification", "generation", "summarisation"] = "auto"
+    """Classification is judged by accuracy, generation by exact match, summarisation by ROUGE-Lsum with ROUGE-1/2/L
+    and BLEU beside it. ``auto``: the built-in task's own; classification for ``jsonl``."""
+    scoring: Literal["likelihood", "generation"] = "likelihood"
+    """How a classifier answers: the label with the highest log-likelihood, or greedy text that begins with a label."""
     template: str = ""
     """Prompt with ``{column}`` placeholders; empty uses the built-in task's."""
     labels: tuple[str, ...] = ()
     """Text of each label, in the order of the label values 0, 1, ...; empty uses the built-in task's."""
     label_column: str = "label"
-    """JSONL column with the label (its index or its text), or with the target text of a generation task."""
+    """JSONL column with the label (its index or its text), or with the target text of the other kinds."""
+    document_column: str = "article"
+    """JSONL column with the text to summarise; where a prompt is too long, this column loses its end."""
     train_file: str = "train.jsonl"
     """JSONL training file inside ``data_dir``."""
     eval_file: str = "eval.jsonl"
     """JSONL evaluation file inside ``data_dir``; used once, for the final table."""
     max_length: int = 512
-    """Tokens per example, prompt and answer together; longer prompts lose their beginning."""
+    """Tokens per example, prompt and answer together; longer prompts lose their beginning (a document its end)."""
     max_train_examples: int = 0
     """Random subset of the training data, the same for every method; 0 keeps all."""
     validation_share: float = 0.1
     """Share of the training data held out to choose learning rates; related items stay together."""
     max_new_tokens: int = 128
-    """Longest answer of a generation task, in tokens."""
+    """Longest generated answer, in tokens; a summary to train on that is longer loses its end."""
 
     def __post_init__(self) -> None:
+        own = TASK_KINDS.get(self.name, "classification")
+        if self.kind == "auto":
+            object.__setattr__(self, "kind", own)  # what is recorded is what was run
+        if self.name in TASK_KINDS:
+            remedy = f'"{self.name}" is {own}; leave it out, or set name = "jsonl"'
+            _check(self.kind == own, "task.kind", self.kind, remedy)
         _check(self.max_length >= 8, "task.max_length", self.max_length, "use at least 8 tokens")
         _check(
             self.max_train_examples >= 0,
@@ -128,12 +150,15 @@ class TaskConfig:
                 self, "task", ("data_dir",), 'the task is generated; set name = "jsonl" to read files'
             )
         if self.name != "jsonl":
-            keys = ("label_column", "train_file", "eval_file")
+            keys = ("label_column", "document_column", "train_file", "eval_file")
             _check_unused(self, "task", keys, f'"{self.name}" has its own; set name = "jsonl"')
         if self.kind == "classification":
-            _check_unused(self, "task", ("max_new_tokens",), 'nothing is generated; set kind = "generation"')
+            _check_unused(self, "task", ("max_new_tokens",), 'a label is short; set kind = "generation"')
         else:
-            _check_unused(self, "task", ("labels",), 'answers are free text; set kind = "classification"')
+            remedy = 'answers are free text; set kind = "classification"'
+            _check_unused(self, "task", ("labels", "scoring"), remedy)
+        if self.kind != "summarisation":
+            _check_unused(self, "task", ("document_column",), 'set kind = "summarisation"')
 
 
 @dataclass(frozen=True, kw_only=True)

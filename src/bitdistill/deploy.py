@@ -10,8 +10,8 @@ from . import _core
 from .config import Recipe
 from .data.tasks import Task
 from .engine import Engine, EngineScorer
-from .evaluate import Evaluation
 from .export import export
+from .metrics import Evaluation
 from .pipeline import evaluate_scorer, evaluate_step, heldout_sequences
 from .train.loading import load_model, load_tokenizer
 from .train.size import model_size
@@ -55,13 +55,13 @@ def engine_record(recipe: Recipe, task: Task, student: Path, full_precision: Pat
     engine = Engine(folder, exact=True)
     ours = evaluate_scorer(recipe, task, EngineScorer(engine), load_tokenizer(folder), "test")
     theirs = evaluate_step(recipe, task, student, "test")  # stands in the step's folder already
-    different = [i for i, (a, b) in enumerate(zip(ours.correct, theirs.correct, strict=True)) if a != b]
+    different = [i for i, (a, b) in enumerate(zip(ours.items, theirs.items, strict=True)) if a != b]
     dense = load_model(full_precision)
     return {
         "folder": str(folder),
         ours.metric: ours.value,
         f"torch_{theirs.metric}": theirs.value,
-        "items": len(ours.correct),
+        "items": len(ours.items),
         "outcomes_that_differ": different,
         "bytes": facts["bytes"],
         "full_precision_bytes": model_size(dense).bytes,

@@ -1,21 +1,23 @@
-"""Task accuracy and perplexity, through one protocol that any model can offer.
+"""How good a model is at a task, and its perplexity, through one protocol that any model can offer.
 
 Classification by label log-likelihood: the score of a label is the sum of the log-probabilities of its tokens after
-the prompt, with no length normalisation, and the highest score wins (the first on a tie).
+the prompt, with no length normalisation, and the highest score wins (the first on a tie). Classification by
+generation: the model writes greedily as many tokens as the longest label has, and its answer is the label that the
+text begins with (the longest such label; none is a wrong answer).
 """
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
 
 from .data.corpus import PackedSequences
 from .data.prompts import PromptEncoder
 from .data.tasks import Example
+from .metrics import Evaluation, Score, judge_summaries
 from .processes import process_state
 
 BATCH_TOKENS = 4096
@@ -34,40 +36,30 @@ class Scorer(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Evaluation:
-    """Result of a task."""
-
-    metric: str
-    """``accuracy`` or ``exact_match``."""
-    value: float
-    stderr: float
-    correct: tuple[bool, ...]
-    """Item by item, in the order of the data, so that two models can be compared in pairs."""
-
-    @classmethod
-    def of(cls, metric: str, correct: Sequence[bool]) -> "Evaluation":
-        """Mean and binomial standard error."""
-        value = sum(correct) / len(correct)
-        return cls(metric, value, math.sqrt(value * (1 - value) / len(correct)), tuple(correct))
-
-
 class TorchScorer:
     """A transformers causal LM as a ``Scorer``; evaluates in the model's own dtype."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.to(process_state().device).eval()
+        self.tokenizer = tokenizer
         self.pad_id = tokenizer.pad_token_id
         self.end_id = tokenizer.eos_token_id
 
-    @torch.inference_mode()
     def log_likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """See ``Scorer``. Requests that feed the model the same tokens share one pass."""
+        """See ``Scorer``."""
+        return [score for score, _ in self.scored(requests)]
+
+    @torch.inference_mode()
+    def scored(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """``log p(continuation | context)``, and whether it is what greedy decoding would write.
+
+        Requests that feed the model the same tokens share one pass.
+        """
         inputs = {tuple(context + continuation[:-1]) for context, continuation in requests}
         by_input: dict[tuple[int, ...], list[int]] = {ids: [] for ids in inputs}
         for index, (context, continuation) in enumerate(requests):
             by_input[tuple(context + continuation[:-1])].append(index)
-        scores = [0.0] * len(requests)
+        scores = [(0.0, False)] * len(requests)
         for batch in _length_batches(sorted(by_input, key=lambda ids: (len(ids), ids))):
             hidden = self._hidden(batch)
             for row, ids in enumerate(batch):
@@ -77,7 +69,7 @@ class TorchScorer:
                     logits = self.model.get_output_embeddings()(hidden[row, positions]).float()
                     targets = torch.tensor(continuation, device=logits.device)
                     log_probs = F.log_softmax(logits, dim=-1).gather(1, targets[:, None])
-                    scores[index] = float(log_probs.sum())
+                    scores[index] = float(log_probs.sum()), bool((logits.argmax(-1) == targets).all())
         return scores
 
     def _hidden(self, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
@@ -94,8 +86,10 @@ class TorchScorer:
         ).last_hidden_state
 
     @torch.inference_mode()
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """See ``Scorer``. Batches are left-padded."""
+    def generate(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """See ``Scorer``. Batches are left-padded. ``stop``: texts that end an answer; they may be part of it."""
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
         answers: list[list[int]] = [[] for _ in prompts]
         for batch in _length_batches([tuple(prompts[i]) for i in order], indices=order):
@@ -110,6 +104,7 @@ class TorchScorer:
                 do_sample=False,
                 pad_token_id=self.pad_id,
                 eos_token_id=self.end_id,
+                stopping_criteria=[_StopTexts(self.tokenizer, stop, length)] if stop else None,
             )
             for index, ids in zip(batch, output[:, length:].tolist(), strict=True):
                 answers[index] = ids[: ids.index(self.end_id)] if self.end_id in ids else ids
@@ -128,6 +123,19 @@ class TorchScorer:
             total += float(F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum"))
             tokens += ids[:, 1:].numel()
         return math.exp(total / tokens)
+
+
+class _StopTexts(StoppingCriteria):
+    """Ends every row of a batch whose new text holds one of ``stop``."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], start: int) -> None:
+        self.tokenizer, self.stop, self.start = tokenizer, stop, start
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        """Per row, whether it is done."""
+        del scores, kwargs
+        texts = self.tokenizer.batch_decode(input_ids[:, self.start :], skip_special_tokens=True)
+        return torch.tensor([any(s in text for s in self.stop) for text in texts], device=input_ids.device)
 
 
 def _length_batches(sequences: Sequence[tuple[int, ...]], indices: Sequence[int] | None = None) -> list[list]:
@@ -149,7 +157,7 @@ def evaluate_classification(
 ) -> Evaluation:
     """Accuracy by label log-likelihood."""
     label_ids = [encoder.answer(label) for label in labels]
-    prompts = encoder.prompts([e.prompt for e in examples], max(map(len, label_ids)))
+    prompts = encoder.prompts(examples, max(map(len, label_ids)))
     scores = scorer.log_likelihoods([(prompt, ids) for prompt in prompts for ids in label_ids])
     correct = []
     for index, example in enumerate(examples):
@@ -158,14 +166,49 @@ def evaluate_classification(
     return Evaluation.of("accuracy", correct)
 
 
+def evaluate_classification_by_generation(
+    scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], labels: Sequence[str]
+) -> Evaluation:
+    """Accuracy of greedy answers, and the share of answers that are no label."""
+    longest = max(len(encoder.answer(label)) for label in labels)
+    found = [label_in(text, labels) for text in greedy_answers(scorer, encoder, examples, longest)]
+    correct = [label == example.label for label, example in zip(found, examples, strict=True)]
+    return Evaluation.of("accuracy", correct, {"no_label": Score.of([label is None for label in found])})
+
+
+def label_in(text: str, labels: Sequence[str]) -> int | None:
+    """Index of the longest label that a text begins with, as whole words; None if it begins with none."""
+    text = text.strip()
+    found = None
+    for index, label in enumerate(map(str.strip, labels)):
+        begins = text.startswith(label) and not text[len(label) : len(label) + 1].isalnum()
+        if begins and (found is None or len(label) > len(labels[found].strip())):
+            found = index
+    return found
+
+
 def evaluate_generation(
     scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], max_new_tokens: int
 ) -> Evaluation:
     """Exact match of greedy answers, surrounding white space ignored."""
-    prompts = encoder.prompts([e.prompt for e in examples], max_new_tokens)
-    answers = scorer.generate(prompts, max_new_tokens)
-    texts = [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    texts = greedy_answers(scorer, encoder, examples, max_new_tokens)
     return Evaluation.of(
         "exact_match",
         [text.strip() == e.answer.strip() for text, e in zip(texts, examples, strict=True)],
     )
+
+
+def evaluate_summaries(
+    scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], max_new_tokens: int
+) -> Evaluation:
+    """ROUGE and BLEU of greedy answers."""
+    texts = greedy_answers(scorer, encoder, examples, max_new_tokens)
+    return judge_summaries(texts, [e.answer for e in examples])
+
+
+def greedy_answers(
+    scorer: Scorer, encoder: PromptEncoder, examples: Sequence[Example], max_new_tokens: int
+) -> list[str]:
+    """What a model writes behind every prompt."""
+    answers = scorer.generate(encoder.prompts(examples, max_new_tokens), max_new_tokens)
+    return [encoder.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]

@@ -25,7 +25,15 @@ from .data.corpus import PackedSequences, build_shards
 from .data.prompts import PromptEncoder
 from .data.tasks import Task, load_task
 from .errors import ConfigError
-from .evaluate import Evaluation, Scorer, TorchScorer, evaluate_classification, evaluate_generation
+from .evaluate import (
+    Scorer,
+    TorchScorer,
+    evaluate_classification,
+    evaluate_classification_by_generation,
+    evaluate_generation,
+    evaluate_summaries,
+)
+from .metrics import Evaluation, check_installed, judge_summaries, scores_as_dict
 from .processes import is_main_process, on_main_process
 from .recipe import to_dict
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
@@ -117,6 +125,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     """
     started = time.monotonic()
     task = load_task(recipe.task)
+    if task.kind == "summarisation":
+        check_installed()
     methods = [Method(key) for key in recipe.run.methods]
     teacher: str | Path | None = recipe.distill.teacher or None
     if teacher is not None and any(m.needs_teacher for m in methods):
@@ -130,14 +140,16 @@ def run(recipe: Recipe) -> dict[str, Any]:
             methods.insert(0, Method("fp16_sft"))
     path = recipe.run_dir / "result.json"
     stored = _stored_result(path, recipe)
+    reference = baselines(task)
     rows: dict[str, Any] = {}
     for method in methods:
-        row, checkpoint = _run_method(recipe, task, method, source, teacher)
+        row, metric, checkpoint = _run_method(recipe, task, method, source, teacher)
         rows[method.key] = row
         if method.name == "fp16_sft" and teacher is None:
             teacher = checkpoint
         if any(stored.get(key) != value for key, value in rows.items()):
-            stored = {"meta": _meta(recipe, task, rows, time.monotonic() - started)} | rows
+            meta = _meta(recipe, task, rows, time.monotonic() - started)
+            stored = {"meta": meta | {"metric": metric, "baselines": reference}} | rows
             if is_main_process():
                 write_json(path, stored)
     return stored
@@ -166,7 +178,7 @@ def model_source(recipe: Recipe) -> str | Path:
 
 def _run_method(
     recipe: Recipe, task: Task, method: Method, source: str | Path, teacher: str | Path | None
-) -> tuple[dict[str, Any], Path]:
+) -> tuple[dict[str, Any], str, Path]:
     checkpoint, steps = source, []
     for folder, step, step_recipe in method.preparation(recipe):
         checkpoint = step(step_recipe, checkpoint, recipe.run_dir / folder)
@@ -197,11 +209,13 @@ def _run_method(
         "steps": steps,
         "time_s": {name: step_seconds(record) for name, record in records.items()},
     }
+    if test.others:
+        row["metrics"] = scores_as_dict(test.others)
     if len(candidates) > 1:
         row["grid"] = {f"{lr:g}": value for value, lr, _, _ in candidates}
         row["tried"] = [tried for _, _, tried, _ in candidates]
     logger.info("%s: %s %.4f", method.label, test.metric, test.value)
-    return row, tuned
+    return row, test.metric, tuned
 
 
 def step_seconds(record: dict[str, Any]) -> float:
@@ -215,27 +229,14 @@ def evaluate_step(recipe: Recipe, task: Task, checkpoint: Path, split: str) -> E
     With several processes the main one evaluates and the others wait for its file.
     """
     path = checkpoint / f"eval-{split}.json"
-    key = task.digest
+    key = {"task_digest": task.digest, "scoring": recipe.task.scoring}
 
     def evaluate() -> None:
-        if path.is_file() and _read_json(path)["task_digest"] == key:
-            return
-        found = evaluate_model(recipe, task, checkpoint, split)
-        correct = "".join("1" if c else "0" for c in found.correct)
-        write_json(
-            path,
-            {
-                "metric": found.metric,
-                "value": found.value,
-                "stderr": found.stderr,
-                "task_digest": key,
-                "correct": correct,
-            },
-        )
+        if not (path.is_file() and key.items() <= _read_json(path).items()):
+            write_json(path, key | evaluate_model(recipe, task, checkpoint, split).as_dict())
 
     on_main_process(evaluate)
-    stored = _read_json(path)
-    return Evaluation.of(stored["metric"], [c == "1" for c in stored["correct"]])
+    return Evaluation.from_dict(_read_json(path))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -255,9 +256,21 @@ def evaluate_scorer(
     """Evaluate whatever answers for a model, torch or the engine, on ``validation`` or ``test``."""
     encoder = PromptEncoder(tokenizer, recipe.task.max_length)
     examples = task.test if split == "test" else task.validation
+    if task.kind == "summarisation":
+        return evaluate_summaries(scorer, encoder, examples, recipe.task.max_new_tokens)
     if task.kind == "generation":
         return evaluate_generation(scorer, encoder, examples, recipe.task.max_new_tokens)
+    if recipe.task.scoring == "generation":
+        return evaluate_classification_by_generation(scorer, encoder, examples, task.labels)
     return evaluate_classification(scorer, encoder, examples, task.labels)
+
+
+def baselines(task: Task) -> dict[str, dict[str, float]]:
+    """Scores on the test items that take no model, to hold the methods against; by name and metric."""
+    if not task.lead:
+        return {}
+    found = judge_summaries(task.lead, [e.answer for e in task.test])
+    return {"lead-3": {found.metric: found.value} | {key: score.value for key, score in found.others.items()}}
 
 
 def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:

@@ -42,7 +42,10 @@ def test_task_data_in_another_encoding_is_named(cli, project, llama, data, tmp_p
     ("override", "fragments"),
     [
         ("task.data_dir=nowhere", ("nowhere/train.jsonl", "task.data_dir")),
-        ("task.name=sst3", ("task.name = 'sst3'", "sst2, grammar, jsonl")),
+        (
+            "task.name=sst3",
+            ("task.name = 'sst3'", "sst2, qnli, mnli, mnli_mismatched, cnndm, grammar, jsonl"),
+        ),
         ("task.template=It was", ("task.template = 'It was'", "no {column}")),
         ("task.template=", ("task.template is empty", "{column}")),
         ("task.template={txt} It was", ("no column 'txt'", "text, label", "task.template")),

@@ -66,3 +66,25 @@ def test_sequences_know_their_lengths():
     sequences = TaskSequences([Encoded([1, 2], [3]), Encoded([4], [5])])
     assert sequences.lengths == [3, 2]
     assert sequences[1] == Encoded([4], [5])
+
+
+def test_a_long_document_loses_its_end_and_what_stands_around_it_stays(tokenizer):
+    document = " ".join(f"{i}" for i in range(30))
+    head, tail = "Sum up: ", "\nTL;DR:"
+    whole, end = tokenizer.encode(head + document), tokenizer.encode(tail)
+    assert len(whole) > 40
+    encoder = PromptEncoder(tokenizer, 40)
+    prompts = encoder.prompts([Example(head + document, "", None, tail), Example("short", "", None, tail)], 5)
+    assert prompts == [whole[: 40 - 5 - len(end)] + end, tokenizer.encode("short") + end]
+    with pytest.raises(DataError, match="no room for a prompt"):
+        encoder.prompts([Example(head + document, "", None, tail)], 40 - len(end))
+
+
+def test_a_long_summary_is_cut_and_a_cut_one_has_no_end(tokenizer):
+    encoder = PromptEncoder(tokenizer, 12)
+    examples = [example("x", "abcdefghijklmnop"), example("x", "abcd"), example("x", "ab")]
+    encoded = encoder.examples(examples, end=True, longest=4)
+    letters = tokenizer.encode("abcd")
+    assert len(letters) == 4
+    assert [e.answer for e in encoded] == [letters, [*letters, 0], [*letters[:2], 0]]
+    assert tokenizer.eos_token_id == 0

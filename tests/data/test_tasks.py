@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from bitdistill.config import TaskConfig
 from bitdistill.data import tasks
-from bitdistill.data.tasks import Example, Task, load_task, sentences_around
+from bitdistill.data.glue import sentences_around
+from bitdistill.data.tasks import Example, Task, load_task
 from bitdistill.errors import DataError
 
 

@@ -1,7 +1,8 @@
 """Examples -> token ids, padded batches and labels.
 
 Prompt and answer are tokenised apart and joined, so the answer's tokens are the same whatever precedes them.
-A prompt that is too long loses its beginning. Generation answers end with the end-of-text token.
+A prompt that is too long loses its beginning, or the end of its document where the task has one: then what stands
+behind the document is tokenised apart and always stays. Free-text answers end with the end-of-text token.
 """
 
 from collections.abc import Sequence
@@ -38,8 +39,8 @@ class PromptEncoder:
         self.max_length = max_length
         self.prefix = leading_ids(tokenizer)
 
-    def answer(self, text: str) -> list[int]:
-        """Ids of an answer or label.
+    def answer(self, text: str, longest: int = 0) -> list[int]:
+        """Ids of an answer or label, which may be used up to ``longest`` tokens if that is given.
 
         Raises:
             DataError: it has no tokens, or too many to leave room for a prompt.
@@ -47,42 +48,61 @@ class PromptEncoder:
         ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
         if not ids:
             raise DataError(f"answer {text!r} has no tokens; a label or target must not be empty")
-        if len(ids) + len(self.prefix) + 1 > self.max_length:
+        used = min(len(ids), longest or len(ids))
+        if used + len(self.prefix) + 1 > self.max_length:
             raise DataError(
-                f"answer of {len(ids)} tokens leaves no room for a prompt; raise task.max_length "
+                f"answer of {used} tokens leaves no room for a prompt; raise task.max_length "
                 f"(now {self.max_length})"
             )
         return list(ids)
 
-    def prompts(self, texts: Sequence[str], room: int) -> list[list[int]]:
-        """Ids of prompts, each leaving ``room`` tokens for the answer.
+    def prompts(self, examples: Sequence[Example], room: int) -> list[list[int]]:
+        """Ids of the prompts, each leaving ``room`` tokens for the answer.
 
         Raises:
             DataError: there is no room for a prompt, or a prompt has no tokens.
         """
-        if not texts:
+        if not examples:
             return []
         limit = self.max_length - len(self.prefix) - room
-        if limit < 1:
+        texts = sorted({e.tail for e in examples})
+        tails = dict(zip(texts, self._ids(texts), strict=True))
+        if limit - max(map(len, tails.values())) < 1:
             raise DataError(
                 f"answers of up to {room} tokens leave no room for a prompt; raise task.max_length "
                 f"(now {self.max_length}) or lower task.max_new_tokens"
             )
-        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
-        prompts = [self.prefix + list(ids[-limit:]) for ids in rows]
-        if not all(prompts):
-            raise DataError(
-                f"prompt {texts[prompts.index([])]!r} has no tokens; a model needs something to go on: "
-                "check task.template and the data"
-            )
+        prompts = []
+        for example, ids in zip(examples, self._ids([e.prompt for e in examples]), strict=True):
+            tail = tails[example.tail]
+            kept = ids[: limit - len(tail)] + tail if example.tail else ids[-limit:]
+            if not self.prefix + kept:
+                raise DataError(
+                    f"prompt {example.prompt!r} has no tokens; a model needs something to go on: "
+                    "check task.template and the data"
+                )
+            prompts.append(self.prefix + kept)
         return prompts
 
-    def examples(self, examples: Sequence[Example], *, end: bool) -> list[Encoded]:
-        """Ids of whole examples; ``end`` appends the end-of-text token to answers."""
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        rows = self.tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+        return [list(ids) for ids in rows]
+
+    def examples(self, examples: Sequence[Example], *, end: bool, longest: int = 0) -> list[Encoded]:
+        """Ids of whole examples.
+
+        Args:
+            examples: the examples.
+            end: append the end-of-text token to answers.
+            longest: cut answers to so many tokens; one that was cut has no end-of-text token. 0 cuts none.
+        """
         suffix = [self.tokenizer.eos_token_id] if end else []
-        answers = {text: self.answer(text) + suffix for text in {e.answer for e in examples}}
+        answers = {}
+        for text in {e.answer for e in examples}:
+            ids = self.answer(text, longest)
+            answers[text] = ids[:longest] if 0 < longest < len(ids) else ids + suffix
         room = max(len(ids) for ids in answers.values())
-        prompts = self.prompts([e.prompt for e in examples], room)
+        prompts = self.prompts(examples, room)
         return [
             Encoded(prompt, answers[example.answer])
             for prompt, example in zip(prompts, examples, strict=True)

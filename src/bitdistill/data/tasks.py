@@ -5,10 +5,8 @@ hyper-parameters; the evaluation file is for the final table only. Subsets and s
 alone, so that every method and every seed of a study sees the same examples.
 """
 
-import csv
 import random
 import string
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,11 @@ from typing import Any
 from ..checkpoint import digest_of
 from ..config import TaskConfig
 from ..errors import ConfigError, DataError
-from . import grammar
-from .textfile import read_jsonl, read_lines
+from . import glue, grammar, summaries
+from .rows import Row, Rows, Source, one_by_one, read_jsonl_rows
 
 SPLIT_SEED = 0
 """Seed of the validation split and the training subset; not the recipe's, see above."""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -32,7 +28,10 @@ class Example:
     prompt: str
     answer: str
     label: int | None
-    """Index of the answer among the labels; None for generation."""
+    """Index of the answer among the labels; None for free text."""
+    tail: str = ""
+    """End of the prompt that always stays. Where there is one, a prompt that is too long loses the end of ``prompt``
+    (of the document in it) instead of its beginning."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +44,16 @@ class Task:
     train: tuple[Example, ...]
     validation: tuple[Example, ...]
     test: tuple[Example, ...]
+    lead: tuple[str, ...] = ()
+    """Summarisation: the first three sentences of every test document, the usual baseline."""
 
     @property
     def digest(self) -> str:
         """Digest of everything a model is trained and judged on."""
-        parts = [[(e.prompt, e.answer) for e in part] for part in (self.train, self.validation, self.test)]
+        parts = [
+            [(e.prompt, e.answer, *filter(None, [e.tail])) for e in part]
+            for part in (self.train, self.validation, self.test)
+        ]
         return digest_of([self.kind, self.labels, parts])
 
     @property
@@ -59,18 +63,6 @@ class Task:
             return None
         counts = [sum(e.label == i for e in self.test) for i in range(len(self.labels))]
         return max(counts) / len(self.test)
-
-
-@dataclass(frozen=True)
-class _Source:
-    """How a task's rows are found, and what its recipe section defaults to."""
-
-    template: str
-    labels: tuple[str, ...]
-    label_column: str
-    read: Callable[[TaskConfig], tuple[list[Row], list[Row]]]
-    groups: Callable[[Sequence[Row]], list[tuple[int, ...]]]
-    """The groups that each row belongs to."""
 
 
 def load_task(config: TaskConfig) -> Task:
@@ -86,6 +78,9 @@ def load_task(config: TaskConfig) -> Task:
     template = config.template or source.template
     labels = config.labels or source.labels
     label_column = source.label_column or config.label_column
+    document_column = ""
+    if config.kind == "summarisation":
+        document_column = source.document_column or config.document_column
     if not template:
         raise ConfigError(
             "task.template is empty: write the prompt with {column} placeholders, such as 'Q: {text}\\nA:'"
@@ -97,9 +92,11 @@ def load_task(config: TaskConfig) -> Task:
     stripped = [label.strip() for label in labels]
     if len(set(stripped)) != len(stripped):
         raise ConfigError(f"task.labels = {labels!r}: two labels are the same")
+    if source.values and len(labels) != len(source.values):
+        raise ConfigError(f"task.labels = {labels!r}: give one for each of {', '.join(source.values)}")
     rows, test_rows = source.read(config)
     groups = source.groups(rows)
-    build = _ExampleBuilder(config.kind, template, labels, label_column)
+    build = _ExampleBuilder(config.kind, template, labels, source.values, label_column, document_column)
     examples = [build(row, f"training row {i + 1}") for i, row in enumerate(rows)]
     test = [build(row, f"evaluation row {i + 1}") for i, row in enumerate(test_rows)]
     if not test:
@@ -110,7 +107,8 @@ def load_task(config: TaskConfig) -> Task:
             f"task {config.name}: all {len(train)} training examples have the same label; "
             f"check task.label_column ({label_column})"
         )
-    return Task(config.name, config.kind, labels, tuple(train), tuple(validation), tuple(test))
+    lead = tuple(summaries.lead(str(row[document_column])) for row in test_rows) if document_column else ()
+    return Task(config.name, config.kind, labels, tuple(train), tuple(validation), tuple(test), lead)
 
 
 def _split(
@@ -154,8 +152,18 @@ def _split(
 class _ExampleBuilder:
     """Row -> Example, with an error that names the row and the remedy."""
 
-    def __init__(self, kind: str, template: str, labels: tuple[str, ...], label_column: str) -> None:
+    def __init__(
+        self,
+        kind: str,
+        template: str,
+        labels: tuple[str, ...],
+        values: tuple[str, ...],
+        label_column: str,
+        document_column: str,
+    ) -> None:
         self.kind, self.template, self.labels, self.label_column = kind, template, labels, label_column
+        self.names = [list(values), [label.strip() for label in labels]]
+        """What a label may be called in the data, in the order of the labels; an index does as well."""
         try:
             self.columns = [name for _, name, _, _ in string.Formatter().parse(template) if name]
             template.format(**dict.fromkeys(self.columns, ""))
@@ -165,6 +173,16 @@ class _ExampleBuilder:
             ) from error
         if not self.columns:
             raise ConfigError(f"task.template = {template!r}: it names no {{column}}")
+        self.head, self.tail = template, ""
+        if document_column:
+            marker = f"{{{document_column}}}"
+            if template.count(marker) != 1 or template.endswith(marker):
+                raise ConfigError(
+                    f"task.template = {template!r}: write {marker} once and something behind it, such as "
+                    f"'{marker}\\nTL;DR:'; task.document_column names the column to summarise"
+                )
+            before, _, self.tail = template.partition(marker)
+            self.head = before + marker
 
     def __call__(self, row: Row, where: str) -> Example:
         for column in (*self.columns, self.label_column):
@@ -173,119 +191,54 @@ class _ExampleBuilder:
                     f"{where}: no column {column!r}; it has {', '.join(map(str, row))}. "
                     "Check task.template and task.label_column."
                 )
-        prompt = self.template.format(**{c: str(row[c]).strip() for c in self.columns})
+        texts = {c: str(row[c]).strip() for c in self.columns}
+        prompt, tail = self.head.format(**texts), self.tail.format(**texts)
         value = row[self.label_column]
         if self.kind == "generation":
             return Example(prompt, str(value), None)
+        if self.kind == "summarisation":
+            return Example(prompt, f" {str(value).strip()}", None, tail)
         index = self._label_index(value, where)
         return Example(prompt, self.labels[index], index)
 
     def _label_index(self, value: Any, where: str) -> int:
         text = str(value).strip()
-        stripped = [label.strip() for label in self.labels]
-        if text in stripped:
-            return stripped.index(text)
+        for names in self.names:
+            if text in names:
+                return names.index(text)
         # Labels that are numbers themselves leave no room for indices: 1 would mean two things.
-        if text.isdecimal() and int(text) < len(stripped) and not any(map(str.isdecimal, stripped)):
+        if text.isdecimal() and int(text) < len(self.labels) and not any(map(str.isdecimal, self.names[-1])):
             return int(text)
         raise DataError(
-            f"{where}: label {value!r} is not one of {', '.join(stripped)} "
+            f"{where}: label {value!r} is not one of {', '.join(self.names[0] + self.names[1])} "
             f"nor an index below {len(self.labels)}; check task.labels and task.label_column"
         )
 
 
-def _local_files(config: TaskConfig) -> tuple[str, str]:
-    return ("train.tsv", "dev.tsv") if config.name == "sst2" else (config.train_file, config.eval_file)
-
-
-def _read_sst2(config: TaskConfig) -> tuple[list[Row], list[Row]]:
-    if config.data_dir:
-        train, test = (Path(config.data_dir) / name for name in _local_files(config))
-        return _read_tsv(train), _read_tsv(test)
-    return _read_hub("nyu-mll/glue", "sst2", "train"), _read_hub("nyu-mll/glue", "sst2", "validation")
-
-
-def _read_jsonl_task(config: TaskConfig) -> tuple[list[Row], list[Row]]:
+def _read_jsonl_task(config: TaskConfig) -> tuple[Rows, Rows]:
     if not config.data_dir:
         raise ConfigError("task.data_dir is empty: name the folder that holds the JSONL files")
-    train, test = (Path(config.data_dir) / name for name in _local_files(config))
-    return _read_jsonl(train), _read_jsonl(test)
+    folder = Path(config.data_dir)
+    return read_jsonl_rows(folder / config.train_file), read_jsonl_rows(folder / config.eval_file)
 
 
-def _read_grammar(config: TaskConfig) -> tuple[list[Row], list[Row]]:
+def _read_grammar(config: TaskConfig) -> tuple[Rows, Rows]:
     del config
     return grammar.task_rows("train"), grammar.task_rows("test")
 
 
-def _read_tsv(path: Path) -> list[Row]:
-    rows = csv.DictReader(read_lines(path, "task.data_dir"), delimiter="\t", quoting=csv.QUOTE_NONE)
-    return _not_empty(list(rows), path)
-
-
-def _read_jsonl(path: Path) -> list[Row]:
-    return _not_empty([row for _, row in read_jsonl(path, "task.data_dir")], path)
-
-
-def _not_empty(rows: list[Row], path: Path) -> list[Row]:
-    if not rows:
-        raise DataError(f"{path}: no rows; the data set is empty")
-    return rows
-
-
-def _read_hub(name: str, subset: str, split: str) -> list[Row]:
-    import datasets
-
-    try:
-        return list(datasets.load_dataset(name, subset, split=split))
-    except Exception as error:  # datasets raises many unrelated types for "not there" and "no network"
-        raise DataError(
-            f"the hub gave no data for {name}/{subset} ({error}); "
-            "download it and set task.data_dir to its folder"
-        ) from error
-
-
-def _one_by_one(rows: Sequence[Row]) -> list[tuple[int, ...]]:
-    """Every row is a group of its own."""
-    return [(index,) for index in range(len(rows))]
-
-
-def sentences_around(rows: Sequence[Row]) -> list[tuple[int, ...]]:
-    """The sentences around every SST-2 row: indices of the texts that hold it and are in no longer text themselves.
-
-    SST-2's training rows are phrases cut from its sentences, so a random split would put a phrase on one side and
-    the sentence around it on the other. Nor can everything that nests be one group: through short phrases ("the
-    film") all but 8 rows of 67,349 hang together. So a phrase belongs to every sentence that holds it, and one of
-    sentences on both sides is dropped (2.4 % of the rows): no text of one side then holds a text of the other.
-    """
-    texts = [tuple(str(row["sentence"]).split()) for row in rows]
-    around: dict[tuple[str, ...], list[int]] = {text: [] for text in texts}
-    for index in sorted(range(len(texts)), key=lambda i: -len(texts[i])):
-        words = texts[index]
-        if around[words]:  # in a longer text, or the same as an earlier one
-            continue
-        phrases = {
-            words[start:end] for start in range(len(words)) for end in range(start + 1, len(words) + 1)
-        }
-        for phrase in phrases | {words}:
-            if phrase in around:
-                around[phrase].append(index)
-    return [tuple(around[text]) for text in texts]
-
-
 _SOURCES = {
-    "sst2": _Source(
-        template="{sentence} It was",
-        labels=(" terrible", " great"),
-        label_column="label",
-        read=_read_sst2,
-        groups=sentences_around,
-    ),
-    "grammar": _Source(
+    "sst2": glue.SST2,
+    "qnli": glue.QNLI,
+    "mnli": glue.MNLI,
+    "mnli_mismatched": glue.MNLI_MISMATCHED,
+    "cnndm": summaries.CNNDM,
+    "grammar": Source(
+        read=_read_grammar,
+        groups=one_by_one,
         template="{text}",
         labels=(" bored me", " pleased me"),
         label_column="label",
-        read=_read_grammar,
-        groups=_one_by_one,
     ),
-    "jsonl": _Source(template="", labels=(), label_column="", read=_read_jsonl_task, groups=_one_by_one),
+    "jsonl": Source(read=_read_jsonl_task, groups=one_by_one),
 }

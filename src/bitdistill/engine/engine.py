@@ -166,6 +166,12 @@ class Engine:
 
     def log_likelihoods(self, context: list[int], continuations: Sequence[list[int]]) -> list[float]:
         """``score`` on ids; the context is read once."""
+        return [score for score, _ in self.scored(context, continuations, greedy=False)]
+
+    def scored(
+        self, context: list[int], continuations: Sequence[list[int]], *, greedy: bool = True
+    ) -> list[tuple[float, bool]]:
+        """``log_likelihoods``; with ``greedy`` also whether greedy decoding would write the continuation."""
         for ids in continuations:
             if not ids:
                 raise EngineError("an empty continuation has no probability; give it at least one token")
@@ -181,7 +187,11 @@ class Engine:
             if len(ids) > 1:
                 session.truncate(len(context))
                 score += float(session.score(np.array(ids, np.int32), 1).astype(np.float64).sum())
-            scores.append(score)
+            is_greedy = greedy and ids[0] == after.argmax()
+            if is_greedy and len(ids) > 1:
+                session.truncate(len(context))
+                is_greedy = _follows_greedily(session, np.array(ids, np.int32))
+            scores.append((score, bool(is_greedy)))
         return scores
 
     def session(self) -> _core.Session:
@@ -205,6 +215,16 @@ class Engine:
                 "was the text tokenised for another model?"
             )
         return ids
+
+
+def _follows_greedily(session: _core.Session, ids: NDArray[np.int32]) -> bool:
+    """Whether every id after the first is the likeliest one; pieces keep the ``[len, V]`` logits small."""
+    read, wanted = ids[:-1], ids[1:]
+    for start in range(0, len(read), 32):
+        piece = slice(start, start + 32)
+        if (session.forward(read[piece], all_positions=True).argmax(axis=1) != wanted[piece]).any():
+            return False
+    return True
 
 
 class Conversation:

@@ -8,6 +8,9 @@ import numpy as np
 from .. import _core
 from .engine import Engine
 
+STOP_PIECE = 8
+"""Tokens between two looks for a stop text."""
+
 
 class EngineScorer:
     """An ``Engine`` as a ``Scorer``. Requests with the same context share one reading of it."""
@@ -19,12 +22,18 @@ class EngineScorer:
 
     def log_likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """``log p(continuation | context)`` for every ``(context ids, continuation ids)``."""
+        return [score for score, _ in self.scored(requests, greedy=False)]
+
+    def scored(
+        self, requests: Sequence[tuple[list[int], list[int]]], *, greedy: bool = True
+    ) -> list[tuple[float, bool]]:
+        """``log_likelihoods``; with ``greedy`` also whether greedy decoding would write the continuation."""
         by_context: dict[tuple[int, ...], list[int]] = {}
         for index, (context, _) in enumerate(requests):
             by_context.setdefault(tuple(context), []).append(index)
-        scores = [0.0] * len(requests)
+        scores = [(0.0, False)] * len(requests)
         for ids, indices in by_context.items():
-            found = self.engine.log_likelihoods(list(ids), [requests[i][1] for i in indices])
+            found = self.engine.scored(list(ids), [requests[i][1] for i in indices], greedy=greedy)
             for index, score in zip(indices, found, strict=True):
                 scores[index] = score
         return scores
@@ -38,11 +47,25 @@ class EngineScorer:
             tokens += found.size
         return math.exp(total / tokens)
 
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
-        """Greedy continuation of every prompt, up to and without the end-of-text token."""
-        answers = []
-        for ids in prompts:
-            session = self.engine.session()
-            session.forward(np.array(self.engine.checked(ids), np.int32))
-            answers.append(session.decode(_core.Sampler(), max_new_tokens, self.end_ids)[0])
-        return answers
+    def generate(
+        self, prompts: Sequence[list[int]], max_new_tokens: int, stop: Sequence[str] = ()
+    ) -> list[list[int]]:
+        """Greedy continuation of every prompt, up to and without the end-of-text token.
+
+        ``stop``: texts that end an answer; it may go on a few tokens behind one.
+        """
+        return [self._answer(ids, max_new_tokens, stop) for ids in prompts]
+
+    def _answer(self, prompt: list[int], max_new_tokens: int, stop: Sequence[str]) -> list[int]:
+        session = self.engine.session()
+        session.forward(np.array(self.engine.checked(prompt), np.int32))
+        piece = STOP_PIECE if stop else max_new_tokens
+        answer: list[int] = []
+        while len(answer) < max_new_tokens:
+            found, reason = session.decode(
+                _core.Sampler(), min(piece, max_new_tokens - len(answer)), self.end_ids
+            )
+            answer += found
+            if reason != "length" or any(s in self.engine.text.decode(answer) for s in stop):
+                break
+        return answer

@@ -109,7 +109,7 @@ class TextCodec:
             return self._render(
                 messages=[dict(m) for m in messages],
                 add_generation_prompt=add_generation_prompt,
-                **self._special_tokens(),
+                **self.special_tokens(),
                 **values,
             )
         except jinja2.TemplateError as error:
@@ -122,7 +122,8 @@ class TextCodec:
         ) as error:  # a template runs on what it was given
             raise EngineError(f"the model's chat template fails on this chat: {error}") from error
 
-    def _special_tokens(self) -> dict[str, str]:
+    def special_tokens(self) -> dict[str, str]:
+        """Text of the special tokens by role, such as ``eos_token``."""
         found = {}
         for key, value in self.settings.items():
             if key.endswith("_token") and value is not None:

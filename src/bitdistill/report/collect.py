@@ -13,6 +13,7 @@ from typing import Any
 from ..checkpoint import RUN_FILE
 from ..errors import CheckpointError
 from .records import Method, RunReport, StepRecord, Weights, clean, number
+from .words import metric_name
 
 RESULT_FILE = "result.json"
 BASE_STEP = "base"
@@ -42,13 +43,15 @@ def collect(run_dir: Path) -> RunReport:
     rows = {key: row for key, row in result.items() if key != "meta"}
     if not rows:
         raise _damaged(path, "it has no method row")
-    methods = [_method(path, key, row) for key, row in rows.items()]
-    has_exact_match = any("exact_match" in row for row in rows.values())
+    metric = _metric(meta, rows)
+    methods = [_method(path, key, row, metric) for key, row in rows.items()]
     notes: list[str] = []
     return RunReport(
         name=clean(meta.get("name") or Path(run_dir).resolve().name),
         meta=meta,
-        metric="exact match" if has_exact_match else "accuracy",
+        metric=metric_name(metric),
+        metric_key=metric,
+        baselines=_baselines(meta.get("baselines")),
         methods=methods,
         steps=_steps(Path(run_dir), methods, notes),
         notes=notes,
@@ -59,16 +62,29 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(f"{path}: damaged ({what}); run the recipe again, finished steps are reused")
 
 
-def _method(path: Path, key: str, row: object) -> Method:
+def _metric(meta: dict[str, Any], rows: dict[str, Any]) -> str:
+    """The metric of a run; older results do not name it."""
+    named = meta.get("metric")
+    if isinstance(named, str) and named:
+        return clean(named)
+    found = any(isinstance(row, dict) and "exact_match" in row for row in rows.values())
+    return "exact_match" if found else "accuracy"
+
+
+def _baselines(values: object) -> dict[str, dict[str, float]]:
+    found = values.items() if isinstance(values, dict) else ()
+    return {clean(name): _numbers(scores) for name, scores in found if isinstance(scores, dict)}
+
+
+def _method(path: Path, key: str, row: object, metric: str) -> Method:
     if not isinstance(row, dict):
         raise _damaged(path, f'"{clean(key)}" is not an object')
-    score = row.get("accuracy", row.get("exact_match"))
+    score = row.get(metric)
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
         raise _damaged(path, f'the score of "{clean(key)}" is {clean(score)!r}, not a number')
     steps, times, grid = row.get("steps") or [], row.get("time_s") or {}, row.get("grid") or {}
     if not (isinstance(steps, list) and isinstance(times, dict) and isinstance(grid, dict)):
         raise _damaged(path, f'"steps", "time_s" or "grid" of "{clean(key)}" has another shape than expected')
-    validation = row.get("validation_accuracy", row.get("validation_exact_match"))
     return Method(
         key=clean(key),
         label=clean(row.get("label") or key),
@@ -77,11 +93,21 @@ def _method(path: Path, key: str, row: object) -> Method:
         size_bytes=number(row.get("bytes")),
         parameters=number(row.get("parameters")),
         learning_rate=number(row.get("learning_rate")),
-        validation=number(validation),
+        validation=number(row.get(f"validation_{metric}")),
         steps=tuple(clean(step) for step in steps),
         time_s=_numbers(times),
         grid=_numbers(grid),
+        others=_others(row.get("metrics")),
     )
+
+
+def _others(values: object) -> dict[str, tuple[float, float | None]]:
+    found = {}
+    for key, score in values.items() if isinstance(values, dict) else ():
+        value = number(score.get("value")) if isinstance(score, dict) else None
+        if value is not None:
+            found[clean(key)] = (value, number(score.get("stderr")))
+    return found
 
 
 def _numbers(values: dict[str, Any]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from html import escape
 from .plots import Chart, accuracy_chart, step_charts
 from .records import RunReport, StepRecord, clean
 from .summary import summary
-from .tables import Table, accuracy_table, facts, grid_table, steps_table, weights_table
+from .tables import Table, accuracy_table, facts, grid_table, metrics_table, steps_table, weights_table
 from .words import MISSING, duration, stage_name, users
 
 STYLE = """
@@ -62,13 +62,13 @@ def render_html(report: RunReport) -> str:
     recipe = report.meta.get("recipe")
     details = facts(report)
     headline = ", ".join(f"{key.lower()} {value}" for key, value in details[:4])
-    grid = grid_table(report)
+    optional = [table for table in (metrics_table(report), grid_table(report)) if table]
     body = [
         f"<h1>{name}</h1>",
         f'<p class="quiet">bitdistill report · {_e(headline)}</p>',
         f'<p class="summary">{_e(summary(report))}</p>',
         _section(accuracy_table(report), accuracy_chart(report)),
-        _section(grid) if grid else "",
+        *map(_section, optional),
         _section(weights_table(report)),
         _section(steps_table(report)),
         "<h2>Curves and weights</h2>",

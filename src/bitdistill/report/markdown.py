@@ -5,13 +5,15 @@ import re
 
 from .records import RunReport, clean
 from .summary import summary
-from .tables import Table, accuracy_table, facts, grid_table, steps_table, weights_table
+from .tables import Table, accuracy_table, facts, grid_table, metrics_table, steps_table, weights_table
 from .words import MISSING
 
 
 def render_markdown(report: RunReport) -> str:
     """The whole file."""
-    tables = [accuracy_table(report), grid_table(report), weights_table(report), steps_table(report)]
+    tables = [
+        table(report) for table in (accuracy_table, metrics_table, grid_table, weights_table, steps_table)
+    ]
     recipe = report.meta.get("recipe")
     surgery = [(step.path, step.surgery) for step in report.steps if step.surgery]
     parts = [

@@ -10,7 +10,7 @@ from ..checkpoint import digest_of
 from ..errors import BitDistillError
 from .records import RunReport, StepRecord, Weights, number
 from .svg import BLUE, GREEN, GRID, INK, MUTED, ORANGE, PURPLE, inline_svg
-from .words import percent
+from .words import heading, percent
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def accuracy_chart(report: RunReport) -> Chart | None:
         axes.set(xlim=(0, 114), ylim=(len(rows) - 0.5, -0.75), yticks=[], xticks=range(0, 101, 20))
         axes.set_xlabel(f"{report.metric}, %\n{legend}")
 
-    title = f"{report.metric.capitalize()} by method"
+    title = f"{heading(report.metric)} by method"
     return _draw(report.name, title, paint, height=0.8 + 0.42 * len(rows)) if rows else None
 
 

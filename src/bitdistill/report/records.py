@@ -12,7 +12,7 @@ class Method:
     key: str
     label: str
     score: float | None
-    """Accuracy or exact match, a share in [0, 1]."""
+    """The metric that the run chose by, a share in [0, 1]."""
     stderr: float | None
     size_bytes: float | None
     parameters: float | None
@@ -23,6 +23,8 @@ class Method:
     time_s: dict[str, float]
     grid: dict[str, float]
     """Validation score by learning rate as written."""
+    others: dict[str, tuple[float, float | None]] = field(default_factory=dict)
+    """Further metrics of the same answers, with their standard errors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,9 +69,13 @@ class RunReport:
     name: str
     meta: dict[str, Any]
     metric: str
-    """``accuracy`` or ``exact match``."""
+    """The metric that the run chose by, in words."""
     methods: list[Method]
     steps: list[StepRecord]
+    metric_key: str = "accuracy"
+    """The same as result.json calls it."""
+    baselines: dict[str, dict[str, float]] = field(default_factory=dict)
+    """Scores that take no model, by name and metric."""
     notes: list[str] = field(default_factory=list)
 
     def method(self, key: str) -> Method | None:

@@ -100,6 +100,12 @@ def _size(full: Method, student: Method) -> str:
 
 
 def _warnings(report: RunReport, full: Method | None) -> list[str]:
+    lead = report.baselines.get("lead-3", {}).get(report.metric_key)
+    if full is not None and lead is not None:
+        where = "above" if (full.score or 0.0) > lead else "not above"
+        return [
+            f"{full.label} is {where} lead-3 ({percent(lead, 1)}), which copies the first three sentences."
+        ]
     majority = number(report.meta.get("majority_accuracy"))
     if full is None or majority is None:
         return []

@@ -4,7 +4,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .records import Method, RunReport, StepRecord, number
-from .words import MISSING, SHORT_STAGES, duration, human_bytes, percent, stage_name, users
+from .words import (
+    MISSING,
+    SHORT_STAGES,
+    duration,
+    heading,
+    human_bytes,
+    metric_name,
+    percent,
+    stage_name,
+    users,
+)
 
 SIZE_RULE = (
     "Size when packed: ternary linears at 1.6 bits a weight with their scales, everything else, "
@@ -29,12 +39,19 @@ class Table:
     notes: tuple[str, ...] = field(default_factory=tuple)
 
 
+LEAD_RULE = "lead-3: the first three sentences of every document, which takes no model."
+
+
 def score(method: Method) -> str:
     """Score with its standard error, in percent."""
-    if method.score is None:
+    return _score(method.score, method.stderr)
+
+
+def _score(value: float | None, stderr: float | None) -> str:
+    if value is None:
         return MISSING
-    error = "" if method.stderr is None else f" ± {100 * method.stderr:.2f}"
-    return f"{100 * method.score:.2f}{error}%"
+    error = "" if stderr is None else f" ± {100 * stderr:.2f}"
+    return f"{100 * value:.2f}{error}%"
 
 
 def full_precision_size(report: RunReport) -> float | None:
@@ -65,10 +82,10 @@ def accuracy_table(report: RunReport) -> Table:
     meta = report.meta
     seed, items = meta.get("seed", MISSING), meta.get("eval_items", MISSING)
     return Table(
-        title=report.metric.capitalize(),
+        title=heading(report.metric),
         header=(
             "Method",
-            report.metric.capitalize(),
+            heading(report.metric),
             "Validation",
             "Size",
             "Size / FP16",
@@ -79,10 +96,37 @@ def accuracy_table(report: RunReport) -> Table:
         ),
         rows=[row(m) for m in report.methods],
         notes=(
-            f"{report.metric.capitalize()} on {items} evaluation items ± standard error over the items.",
+            f"{heading(report.metric)} on {items} evaluation items ± standard error over the items.",
             f"One seed ({seed}): the spread over seeds is not in these numbers.",
             SIZE_RULE,
             "A stage that several methods share was run once; its time counts in each of them.",
+        ),
+    )
+
+
+def metrics_table(report: RunReport) -> Table | None:
+    """Every metric of every method, with baselines that take no model; None if there is one metric alone."""
+    keys = list(dict.fromkeys(key for m in report.methods for key in m.others))
+    if not keys:
+        return None
+    rows = [
+        (m.label, score(m), *(_score(*m.others.get(key, (None, None))) for key in keys))
+        for m in report.methods
+    ]
+    for name, scores in report.baselines.items():
+        rows.append((name, *(percent(scores.get(key)) for key in (report.metric_key, *keys))))
+    return Table(
+        title="All metrics",
+        header=("Method", *(heading(name) for name in (report.metric, *map(metric_name, keys)))),
+        rows=rows,
+        notes=tuple(
+            note
+            for note, is_needed in (
+                (f"Learning rates were chosen by {report.metric}.", True),
+                ("BLEU is over all items at once; its standard error is bootstrapped.", "bleu" in keys),
+                (LEAD_RULE, "lead-3" in report.baselines),
+            )
+            if is_needed
         ),
     )
 

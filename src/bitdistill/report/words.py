@@ -17,6 +17,27 @@ SHORT_STAGES = {
 }
 
 
+METRICS = {
+    "exact_match": "exact match",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+    "bleu": "BLEU",
+    "no_label": "answers that are no label",
+}
+
+
+def metric_name(key: str) -> str:
+    """A metric as a reader knows it."""
+    return METRICS.get(key, key.replace("_", " "))
+
+
+def heading(text: str) -> str:
+    """With a capital at the beginning, and the others left alone."""
+    return text[:1].upper() + text[1:]
+
+
 def percent(share: float | None, digits: int = 2) -> str:
     """A share as a percentage."""
     return MISSING if share is None else f"{100 * share:.{digits}f}%"

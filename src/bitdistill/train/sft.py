@@ -25,7 +25,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "stage": "sft",
         "seed": recipe.seed,
         "training": training_settings(recipe.sft),
-        "task": to_dict(recipe.task),
+        "task": task_settings(recipe),
         "task_digest": task.digest,
         "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
@@ -50,7 +50,8 @@ def train_on_task(
     """Train an objective's student on the task's training examples and save it; returns the metrics."""
     codes = ternary_codes(objective.student)
     encoder = PromptEncoder(tokenizer, recipe.task.max_length)
-    dataset = TaskSequences(encoder.examples(task.train, end=task.kind == "generation"))
+    longest = recipe.task.max_new_tokens if task.kind == "summarisation" else 0
+    dataset = TaskSequences(encoder.examples(task.train, end=task.kind != "classification", longest=longest))
     metrics = fit(
         objective,
         dataset,
@@ -66,6 +67,12 @@ def train_on_task(
     save_model(objective.student, tokenizer, folder)
     write_weight_stats(objective.student, folder, codes)
     return metrics
+
+
+def task_settings(recipe: Recipe) -> dict[str, Any]:
+    """What a fine-tune depends on: not how answers are scored; the document column shows in the task's digest."""
+    settings = to_dict(recipe.task)
+    return {key: settings[key] for key in settings if key not in ("scoring", "document_column")}
 
 
 def step_title(output_dir: Path) -> str:

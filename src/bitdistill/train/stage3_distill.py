@@ -9,10 +9,9 @@ from ..checkpoint import checkpoint_digest
 from ..config import Recipe
 from ..data.tasks import load_task
 from ..errors import ConfigError, TrainingError
-from ..recipe import to_dict
 from .loading import load_model, load_tokenizer
 from .objective import Distillation
-from .sft import step_title, train_on_task
+from .sft import step_title, task_settings, train_on_task
 from .step import run_step
 from .trainer import training_settings
 
@@ -34,7 +33,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "seed": recipe.seed,
         "training": training_settings(config)
         | {"teacher": checkpoint_digest(config.teacher, config.teacher_revision)},
-        "task": to_dict(recipe.task),
+        "task": task_settings(recipe),
         "task_digest": task.digest,
         "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
