@@ -30,7 +30,7 @@ def test_every_command_it_names_is_a_verb():
     code = README.split("`")[1::2] + [
         text for block in README.split("```")[1::2] for text in block.splitlines()
     ]
-    named = {match for text in code for match in re.findall(r"^bitdistill ([a-z]+)", text)}
+    named = {match for text in code for match in re.findall(r"^bitdistill ([a-z-]+)", text)}
     assert named
     assert named <= verbs
 
