@@ -7,6 +7,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+from saved_tensors import saved_elements
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -271,29 +272,6 @@ def test_bf16_weights_add_their_gradient_up_in_fp32(monkeypatch):
 
 
 # --- memory ---
-
-
-class Kept:
-    """A tensor that autograd saved for the backward pass."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
-
-
-def saved_elements(make_loss) -> tuple[int, int]:
-    """Elements in all and in the largest of the tensors that outlive the forward pass for the backward pass."""
-    alive: weakref.WeakSet[Kept] = weakref.WeakSet()
-
-    def pack(tensor: Tensor) -> Kept:
-        kept = Kept(tensor)
-        alive.add(kept)
-        return kept
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.tensor):
-        loss = make_loss()
-        sizes = {kept.tensor.untyped_storage().data_ptr(): kept.tensor.numel() for kept in alive}
-    loss.backward()
-    return sum(sizes.values()), max(sizes.values(), default=0)
 
 
 @heads

@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from saved_tensors import saved_elements
 from scipy.special import log_softmax, rel_entr, softmax
 from torch import Tensor
 from torch.nn import functional as F
@@ -247,10 +248,22 @@ def test_relation_kd_follows_the_loop_reference(form, masks):
     assert relation_kd(student, teacher, **options).item() == pytest.approx(expected, rel=1e-10)
 
 
+# Of 4 sequences with 4 heads and 5 x 5 relations each.
+BLOCKS = {
+    "1 sequence": 1 * 4 * 5 * 5,
+    "3 sequences": 3 * 4 * 5 * 5,
+    "3 heads": 3 * 5 * 5,
+    "1 head": 5 * 5,
+    "2 rows": 2 * 5 + 4,
+    "1 row": 1,
+}
+blocks = pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS.keys())
+
+
 @forms
 @masks
-@pytest.mark.parametrize("rows", [1, 3])
-def test_relation_kd_in_blocks_of_sequences_is_that_of_the_whole_batch(form, masks, rows, monkeypatch):
+@blocks
+def test_relation_kd_in_blocks_is_that_of_the_whole_batch(form, masks, block, monkeypatch):
     student, teacher = small_qkv(batch=4)
     student = tuple(state.requires_grad_() for state in student)
     # Four sequences with masks of their own, so that a block taking another's would show.
@@ -259,29 +272,63 @@ def test_relation_kd_in_blocks_of_sequences_is_that_of_the_whole_batch(form, mas
     }
     options = {"heads": 4, "form": form, **masks}
     whole = relation_kd(student, teacher, **options)
-    monkeypatch.setattr(losses, "BLOCK_RELATIONS", rows * 4 * 5 * 5)
-    blocks = relation_kd(student, teacher, **options)
-    assert blocks.item() == pytest.approx(reference_relation_kd(student, teacher, **options), rel=1e-10)
+    monkeypatch.setattr(losses, "BLOCK_RELATIONS", block)
+    in_blocks = relation_kd(student, teacher, **options)
+    assert in_blocks.item() == pytest.approx(reference_relation_kd(student, teacher, **options), rel=1e-10)
     for gradient, expected in zip(
-        torch.autograd.grad(blocks, student), torch.autograd.grad(whole, student), strict=True
+        torch.autograd.grad(in_blocks, student), torch.autograd.grad(whole, student), strict=True
     ):
         torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
 
 
-def test_relations_of_at_most_a_block_exist_at_a_time(monkeypatch):
+@pytest.mark.parametrize(
+    ("block", "shapes"),
+    [
+        (2 * 4 * 5 * 5, [(2, 4, 5, 5), (2, 4, 5, 5), (1, 4, 5, 5)]),
+        (3 * 5 * 5, [(1, 3, 5, 5), (1, 1, 5, 5)] * 5),
+        (2 * 5, [(1, 1, 2, 5), (1, 1, 2, 5), (1, 1, 1, 5)] * 4 * 5),
+    ],
+)
+def test_relations_of_at_most_a_block_exist_at_a_time(block, shapes, monkeypatch):
     student, teacher = small_qkv(batch=5)
-    sizes = []
+    student = tuple(state.requires_grad_() for state in student)
+    found = []
     log_softmax = F.log_softmax
 
-    def counted(scores: Tensor, dim: int) -> Tensor:
-        sizes.append(scores.numel())
+    def watched(scores: Tensor, dim: int) -> Tensor:
+        found.append(tuple(scores.shape))
         return log_softmax(scores, dim=dim)
 
-    monkeypatch.setattr(losses, "BLOCK_RELATIONS", 2 * 4 * 5 * 5)
-    monkeypatch.setattr(F, "log_softmax", counted)
-    relation_kd(student, teacher, heads=4, form="cosine")
-    # Q, K and V, of student and teacher, in blocks of 2, 2 and 1 sequences of 4 x 5 x 5 relations.
-    assert sizes == [200, 200, 200, 200, 100, 100] * 3
+    monkeypatch.setattr(losses, "BLOCK_RELATIONS", block)
+    monkeypatch.setattr(F, "log_softmax", watched)
+    loss = relation_kd(student, teacher, heads=4, form="cosine", causal=True)
+    # Of Q, K and V, of student and teacher; and once more in the backward pass.
+    expected = [shape for shape in shapes * 3 for _ in range(2)]
+    assert found == expected
+    loss.backward()
+    assert sorted(found) == sorted(expected * 2)
+
+
+def test_no_relations_are_saved_for_the_backward_pass(monkeypatch):
+    tokens = 64
+    student, teacher = (normal(1, 2, tokens, 4, seed=s) for s in (0, 1))
+    student.requires_grad_()
+    monkeypatch.setattr(losses, "BLOCK_RELATIONS", 8 * tokens)
+    keys = torch.ones(1, tokens, dtype=torch.bool)
+
+    def in_blocks() -> Tensor:
+        return relation_kd(
+            (student,) * 3, (teacher,) * 3, heads=0, form="scaled_dot", key_mask_BT=keys, causal=True
+        )
+
+    def whole() -> Tensor:
+        everything = slice(0, tokens)
+        return losses._relation_kl(student, teacher, everything, "scaled_dot", 1.0, None, keys, True)
+
+    in_all, largest = saved_elements(whole)
+    assert in_all > 3 * largest >= 6 * tokens * tokens
+    in_all, _ = saved_elements(in_blocks)
+    assert in_all <= student.numel() + teacher.numel() + tokens
 
 
 @forms
