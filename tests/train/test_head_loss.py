@@ -246,14 +246,6 @@ def test_bf16_autocast_follows_float64_as_the_naive_form_does(kind):
         assert 0 < error < 1.5 * usual_error < 0.1 * true.norm()
 
 
-def test_the_autocast_cache_holds_no_weight_without_a_graph():
-    hidden, head, losses = hidden_states().float(), linear().float(), Losses()
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        head_loss(hidden, head, losses, losses.weights)
-        output = head(hidden).sum()
-    assert gradients(output, head.weight)[0].any()
-
-
 def test_bf16_weights_add_their_gradient_up_in_fp32(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_TOKENS", 1)
     monkeypatch.setattr(module, "BLOCK_WEIGHTS", 5 * HIDDEN)

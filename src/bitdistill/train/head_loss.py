@@ -53,7 +53,7 @@ def head_loss(hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Ten
 
 
 def block_linear(head: nn.Module) -> Callable[[Tensor], Tensor]:
-    """``head`` without gradients, for many blocks: autocast would cast a frozen weight again for each."""
+    """``head`` without gradients, for many blocks: autocast would cast its weight again for each."""
     if not _is_plain_linear(head):
         return head
     weight, bias = _autocast(head.weight.detach()), head.bias if head.bias is None else _autocast(head.bias)
@@ -65,7 +65,7 @@ def _fused(hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Tensor
     gradients = d_hidden, d_weight, d_bias = tuple(_gradient_like(x) for x in inputs)
     values_P = weights_P.new_zeros(len(weights_P), dtype=_wide_dtype(hidden_NE))
     with torch.no_grad():
-        # Cast here, not by autocast: its cache would keep a weight without a graph for whoever uses it next.
+        # Cast once: without gradients autocast caches nothing and would cast W for every block.
         weight, bias = (None if x is None else _autocast(x) for x in inputs[1:])
         for rows, block in _blocks(hidden_NE):
             hidden = _autocast(block)
