@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import parity
 import pytest
 from parity import differing_codes, torch_codes
 from tiny_families import FAMILY_NAMES, families
@@ -16,6 +17,8 @@ from bitdistill.engine.loading import PackedModel
 from bitdistill.errors import CheckpointError
 from bitdistill.export import export
 from bitdistill.train.loading import load_model
+
+PROMPTS = Path(__file__).parents[2] / "benchmarks" / "parity" / "prompts_reviews.txt"
 
 
 def test_the_engine_runs_every_family() -> None:
@@ -45,6 +48,17 @@ def test_an_exported_student_is_torchs(
     expected, _ = torch_codes(model, ids)
     np.testing.assert_allclose(got[0], expected[0], atol=1e-4 * expected.std(), rtol=0)
     assert np.abs(got - expected).mean() < 0.01 * expected.std()
+
+
+@families
+def test_greedy_text_leaves_torchs_only_at_near_ties(
+    save_student: Callable[..., Path], tmp_path: Path, family: str
+) -> None:
+    """Twenty prompts, 64 tokens each; trits and activation codes on the way."""
+    prompts = PROMPTS.read_text(encoding="utf-8").splitlines()
+    report = parity.compare(save_student(tmp_path / "student", family, {}), prompts, 64, threads=1)
+    assert parity.failures(report) == []
+    assert report["prompts"] == 20
 
 
 @pytest.mark.parametrize("model_type", ["bit_gpt2", "gemma3"])
