@@ -1,0 +1,24 @@
+"""What a recipe can say: frozen dataclasses, one per section. The only place that holds defaults."""
+
+from .data import TASK_KINDS, CorpusConfig, ModelConfig, TaskConfig
+from .run import ABLATIONS, METHODS, Recipe, RunConfig
+from .stages import KD_KEYS, DistillConfig, PretrainConfig, RefineConfig, SftConfig
+from .training import BaseConfig, TrainingConfig
+
+__all__ = [
+    "ABLATIONS",
+    "KD_KEYS",
+    "METHODS",
+    "TASK_KINDS",
+    "BaseConfig",
+    "CorpusConfig",
+    "DistillConfig",
+    "ModelConfig",
+    "PretrainConfig",
+    "Recipe",
+    "RefineConfig",
+    "RunConfig",
+    "SftConfig",
+    "TaskConfig",
+    "TrainingConfig",
+]

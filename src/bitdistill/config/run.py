@@ -1,0 +1,93 @@
+"""A whole recipe, and what ``bitdistill run`` compares."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .checks import check
+from .data import CorpusConfig, ModelConfig, TaskConfig
+from .stages import DistillConfig, PretrainConfig, RefineConfig, SftConfig
+from .training import BaseConfig
+
+METHODS = ("fp16_sft", "fp16_ct_sft", "bitnet_sft", "bitdistill")
+"""FP16-SFT is the teacher; FP16-CT-SFT the full-precision control that also sees the stage-2 text; BitNet-SFT the
+direct ternary fine-tune; BitDistill the three stages."""
+
+ABLATIONS = ("no_subln", "no_pretrain", "no_distill", "no_logits_kd", "no_relation_kd")
+"""Switches written behind a method, as in ``bitdistill:no_pretrain`` or ``bitdistill:no_subln+no_distill``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """What ``bitdistill run`` compares."""
+
+    methods: tuple[str, ...] = METHODS
+    """Rows of the table: a method of METHODS, with ablations behind a colon if wanted."""
+    learning_rates: tuple[float, ...] = ()
+    """Grid for every task fine-tune, chosen on held-out training data; empty uses each section's own."""
+
+    def __post_init__(self) -> None:
+        check(len(self.methods) > 0, "run.methods", self.methods, f"use some of {', '.join(METHODS)}")
+        for method in self.methods:
+            name, _, switches = method.partition(":")
+            check(name in METHODS, "run.methods", method, f"use one of {', '.join(METHODS)}")
+            for switch in filter(None, switches.split("+")):
+                check(
+                    switch in ABLATIONS,
+                    "run.methods",
+                    method,
+                    f"ablations are {', '.join(ABLATIONS)}",
+                )
+            check(
+                not switches or name == "bitdistill",
+                "run.methods",
+                method,
+                "ablations go with bitdistill only",
+            )
+            idle = {"no_logits_kd", "no_relation_kd"} & set(switches.split("+"))
+            check(
+                "no_distill" not in switches.split("+") or not idle,
+                "run.methods",
+                method,
+                f"no_distill leaves no teacher to learn from; drop {' and '.join(sorted(idle))}",
+            )
+        for rate in self.learning_rates:
+            check(rate > 0, "run.learning_rates", rate, "use positive numbers")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A whole recipe; every section has defaults, so a file holds only what differs."""
+
+    name: str
+    """Name of the run; its results go to ``<output_dir>/<name>``."""
+    output_dir: str = "runs"
+    """Folder of all runs."""
+    seed: int = 0
+    """Seed of weights, sample order and subsets."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    base: BaseConfig | None = None
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    task: TaskConfig = field(default_factory=TaskConfig)
+    refine: RefineConfig = field(default_factory=RefineConfig)
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    sft: SftConfig = field(default_factory=SftConfig)
+    distill: DistillConfig = field(default_factory=DistillConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        check(bool(self.name.strip()), "name", self.name, "give the run a name")
+        check(0 <= self.seed < 2**32, "seed", self.seed, "use a whole number from 0 to 2^32 - 1")
+        check(
+            not (self.model.source and self.base),
+            "model.source",
+            self.model.source,
+            "a recipe has either model.source or a [base] section, not both",
+        )
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.output_dir) / self.name
+
+    def revision_of(self, source: str | Path) -> str | None:
+        """The hub revision to load a checkpoint at: the recipe's for the recipe's model, none for any other."""
+        return self.model.revision if str(source) == self.model.source else None

@@ -1,0 +1,163 @@
+"""The three stages and the plain fine-tune beside them."""
+
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from .checks import check, check_unused
+from .training import TrainingConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefineConfig:
+    """Stage 1: which linears turn ternary and where SubLN goes."""
+
+    norm_sites: Literal["none", "subln", "all"] = "subln"
+    """``subln``: before o_proj and down_proj (the paper); ``all``: before every linear (the authors' code)."""
+    gain: Literal["one", "rms"] = "one"
+    """Start of the norm gain: 1, or the RMS of the norm's input measured on a few batches."""
+    granularity: Literal["tensor", "channel", "block"] = "tensor"
+    """Weights that share one scale."""
+    block_size: int = 128
+    """Input features per scale when granularity is ``block``."""
+    activation_bits: Literal[4, 8, 16] = 8
+    """Activation precision of ternary linears; 16 leaves activations alone."""
+    skip: tuple[str, ...] = ()
+    """Glob patterns of linears that stay full precision, for example ``model.layers.0.*``."""
+    calibration_sequences: int = 32
+    """Corpus sequences read for ``gain = "rms"``."""
+
+    def __post_init__(self) -> None:
+        check(self.block_size >= 1, "refine.block_size", self.block_size, "use a whole number >= 1")
+        check(
+            self.granularity == "block" or self.block_size == type(self).block_size,
+            "refine.block_size",
+            self.block_size,
+            f'it is not used with granularity = "{self.granularity}"; set granularity = "block"',
+        )
+        check(
+            self.calibration_sequences >= 1,
+            "refine.calibration_sequences",
+            self.calibration_sequences,
+            "use a whole number >= 1",
+        )
+        check(
+            not (self.gain == "rms" and self.norm_sites == "none"),
+            "refine.gain",
+            self.gain,
+            'there is no norm to calibrate with norm_sites = "none"; set gain = "one"',
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(TrainingConfig):
+    """Stage 2: continued pre-training on general text."""
+
+    tokens: int = 1_000_000
+    """Training budget in tokens; the corpus is repeated if it holds fewer."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.tokens >= 1, "pretrain.tokens", self.tokens, "give a positive training budget in tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SftConfig(TrainingConfig):
+    """Fine-tuning on the task with plain cross-entropy: the teacher and every baseline."""
+
+    epochs: float = 2.0
+    """Passes over the training data."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.epochs > 0, "sft.epochs", self.epochs, "use a positive number")
+
+
+KD_KEYS = {
+    "lambda_logits": ("temperature", "tau_squared", "kd_tokens"),
+    "gamma_relation": (
+        "relation_form",
+        "relation_heads",
+        "relation_temperature",
+        "relation_states",
+        "relation_mask",
+        "relation_layers",
+        "teacher_layers",
+    ),
+}
+"""Weights of the distillation losses -> the settings that mean nothing when the weight is 0."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(TrainingConfig):
+    """Stage 3: CE + lambda_logits * logits KD + gamma_relation * relation KD (BitDistill, eq. 13)."""
+
+    epochs: float = 2.0
+    """Passes over the training data."""
+    teacher: str = ""
+    """Folder or hub id of the fine-tuned teacher; a ``run`` fills in its FP16-SFT."""
+    teacher_revision: str | None = None
+    """Hub revision of ``teacher``."""
+    lambda_logits: float = 1.0
+    """Weight of the logits KD; 0 switches it off."""
+    gamma_relation: float = 1.0
+    """Weight of the attention-relation KD; 0 switches it off."""
+    temperature: float = 5.0
+    """Temperature of the logits KD."""
+    tau_squared: bool = False
+    """Multiply the logits KD by temperature squared (the authors' code does, the paper does not)."""
+    kd_tokens: Literal["response", "all"] = "response"
+    """Tokens of the logits KD: those that predict the answer, or every real token."""
+    relation_form: Literal["scaled_dot", "cosine"] = "scaled_dot"
+    """``scaled_dot``: paper eq. 12; ``cosine``: Algorithm 1 and the authors' code."""
+    relation_heads: int = 0
+    """Heads that the concatenated states are split into; 0 keeps the model's own."""
+    relation_temperature: float = 1.0
+    """Temperature of the relation softmax."""
+    relation_states: Literal["post_rope", "pre_rope"] = "post_rope"
+    """Take Q and K after rotary embedding (the authors' code) or as projected; V is as projected."""
+    relation_mask: Literal["padding", "causal", "none"] = "padding"
+    """Which keys a query relates to; ``none`` lets padding in, as the authors' code does."""
+    relation_layers: tuple[int, ...] = (-1,)
+    """Student layers whose relations are distilled; negative counts from the last."""
+    teacher_layers: tuple[int, ...] = ()
+    """Teacher layers they are held against; empty takes those at the same relative depth."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.epochs > 0, "distill.epochs", self.epochs, "use a positive number")
+        for key in ("lambda_logits", "gamma_relation"):
+            check(getattr(self, key) >= 0, f"distill.{key}", getattr(self, key), "use 0 or more")
+        for key in ("temperature", "relation_temperature"):
+            check(getattr(self, key) > 0, f"distill.{key}", getattr(self, key), "use a positive number")
+        check(
+            self.relation_heads >= 0,
+            "distill.relation_heads",
+            self.relation_heads,
+            "use 0 (native) or more",
+        )
+        check(
+            len(self.relation_layers) > 0,
+            "distill.relation_layers",
+            self.relation_layers,
+            "name at least one layer, or set gamma_relation = 0",
+        )
+        check(
+            len(self.teacher_layers) in (0, len(self.relation_layers)),
+            "distill.teacher_layers",
+            self.teacher_layers,
+            "give as many as relation_layers, or none",
+        )
+        check(
+            self.teacher_revision is None or bool(self.teacher),
+            "distill.teacher_revision",
+            self.teacher_revision,
+            "it is not used without distill.teacher: name the teacher",
+        )
+        for weight, keys in KD_KEYS.items():
+            if getattr(self, weight) == 0:
+                check_unused(self, "distill", keys, f"{weight} = 0 switches that loss off; set {weight}")
+
+    def without(self, weight: str) -> "DistillConfig":
+        """The section with one loss of KD_KEYS switched off, and what would then be ignored at its default."""
+        changes: dict[str, Any] = {key: getattr(type(self), key) for key in KD_KEYS[weight]}
+        return replace(self, **changes | {weight: 0.0})

@@ -1,0 +1,128 @@
+"""What every training step has in common, and the base made from scratch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from .checks import check, check_unused
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What every training step has in common."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate of AdamW."""
+    batch_size: int = 32
+    """Sequences per micro-batch and process."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    schedule: Literal["cosine", "linear", "two_stage", "constant"] = "cosine"
+    """``two_stage``: linear decay, dropped halfway to ``two_stage_drop`` of its line (b1.58 training tips)."""
+    two_stage_drop: float = 0.5
+    """Factor on the learning rate in the second half of ``two_stage``."""
+    warmup_ratio: float = 0.05
+    """Share of the steps with linear warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay on matrices; norms and biases have none."""
+    weight_decay_schedule: Literal["constant", "half_then_zero"] = "constant"
+    """``half_then_zero`` switches weight decay off in the second half (b1.58 training tips)."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping by global norm; 0 disables it."""
+    adam_beta2: float = 0.95
+    """Second moment decay of AdamW (the first is 0.9)."""
+    quant_warmup_ratio: float = 0.0
+    """Share of the steps in which quantisation is mixed in, lambda rising from 0 to 1; ternary models only."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Compute precision; latents stay fp32. ``auto`` is bf16 where the device has it in hardware."""
+    save_every: int = 200
+    """Optimizer steps between checkpoints: the most that a kill can lose."""
+    log_every: int = 10
+    """Optimizer steps between lines of metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        section = type(self).__name__.removesuffix("Config").lower()
+        check(
+            self.learning_rate > 0,
+            f"{section}.learning_rate",
+            self.learning_rate,
+            "use a positive number",
+        )
+        for key in ("batch_size", "gradient_accumulation_steps", "save_every", "log_every"):
+            check(getattr(self, key) >= 1, f"{section}.{key}", getattr(self, key), "use a whole number >= 1")
+        for key in ("warmup_ratio", "quant_warmup_ratio"):
+            check(
+                0 <= getattr(self, key) <= 1,
+                f"{section}.{key}",
+                getattr(self, key),
+                "use a share in [0, 1]",
+            )
+        for key in ("weight_decay", "max_grad_norm"):
+            check(getattr(self, key) >= 0, f"{section}.{key}", getattr(self, key), "use 0 or more")
+        check(
+            0 < self.two_stage_drop <= 1,
+            f"{section}.two_stage_drop",
+            self.two_stage_drop,
+            "use (0, 1]",
+        )
+        check(0 < self.adam_beta2 < 1, f"{section}.adam_beta2", self.adam_beta2, "use (0, 1)")
+        if self.schedule != "two_stage":
+            check_unused(self, section, ("two_stage_drop",), 'set schedule = "two_stage"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig(TrainingConfig):
+    """A full-precision Qwen3-architecture base made from scratch, where no trained one can be had."""
+
+    continue_from: str = ""
+    """Checkpoint of an earlier base to go on from, on the same part of the corpus; empty starts from random weights."""
+    tokens: int = 10_000_000
+    """Training budget in tokens."""
+    vocab_size: int = 8192
+    """Entries of the byte-level BPE tokenizer trained on the corpus."""
+    hidden_size: int = 256
+    """Width of the residual stream."""
+    intermediate_size: int = 512
+    """Width of the gated feed-forward layer."""
+    num_hidden_layers: int = 8
+    """Decoder layers."""
+    num_attention_heads: int = 8
+    """Query heads."""
+    num_key_value_heads: int = 4
+    """Key and value heads (grouped-query attention)."""
+    head_dim: int = 32
+    """Width of one head; heads x head_dim need not equal hidden_size."""
+    tie_word_embeddings: bool = True
+    """Share the embedding with the output head."""
+    initializer_range: float = 0.02
+    """Standard deviation of the random weights; narrow models start faster with about hidden_size^-0.5."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check(self.tokens >= 1, "base.tokens", self.tokens, "give a positive training budget in tokens")
+        check(
+            self.vocab_size >= 260,
+            "base.vocab_size",
+            self.vocab_size,
+            "use at least 260 (256 bytes and the special tokens)",
+        )
+        check(
+            self.initializer_range > 0,
+            "base.initializer_range",
+            self.initializer_range,
+            "use a positive number",
+        )
+        layers = ("hidden_size", "intermediate_size", "num_hidden_layers")
+        sizes = (*layers, "num_attention_heads", "num_key_value_heads", "head_dim")
+        for key in sizes:
+            check(getattr(self, key) >= 1, f"base.{key}", getattr(self, key), "use a whole number >= 1")
+        if self.continue_from:
+            shape = ("vocab_size", *sizes, "tie_word_embeddings", "initializer_range")
+            check_unused(
+                self, "base", shape, "the checkpoint of base.continue_from has its own; leave it out"
+            )
+        check(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "base.num_key_value_heads",
+            self.num_key_value_heads,
+            f"it must divide num_attention_heads = {self.num_attention_heads}",
+        )
