@@ -165,9 +165,11 @@ class Distillation(LanguageModelling):
         labels_N, kd_N, hidden_t = labels[chosen], kd_mask[chosen], hidden_t[chosen]
         head_t = block_linear(self.teacher.get_output_embeddings())
 
-        def losses(logits: Tensor, rows: slice) -> Tensor:
-            with torch.no_grad():
-                teacher = head_t(hidden_t[rows])[:, : self.vocab_size]
+        @torch.no_grad()
+        def teacher_logits(rows: slice) -> Tensor:
+            return head_t(hidden_t[rows])[:, : self.vocab_size]
+
+        def losses(logits: Tensor, rows: slice, teacher: Tensor) -> Tensor:
             student = logits[:, : self.vocab_size]
             kd = logits_kd(student, teacher, temperature=config.temperature, mask_N=kd_N[rows])
             return torch.stack((label_loss(logits, labels_N[rows]), kd))
@@ -176,7 +178,8 @@ class Distillation(LanguageModelling):
         wide = torch.promote_types(hidden_s.dtype, torch.float32)
         scales = torch.tensor(factors, dtype=wide, device=totals.device) / totals[:2]
         weights = scales * scales.new_tensor((1.0, config.lambda_logits))
-        loss, sums = head_loss(hidden_s[chosen], self.student.get_output_embeddings(), losses, weights)
+        head_s = self.student.get_output_embeddings()
+        loss, sums = head_loss(hidden_s[chosen], head_s, losses, weights, beside=teacher_logits)
         ce, kd = sums * scales
         return loss, ce, kd
 
