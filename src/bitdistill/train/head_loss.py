@@ -7,9 +7,9 @@ the backward pass. Here each block of tokens makes its logits, its losses and at
 
     D = d loss / d z,   dh = D W,   dW += D^T h,   db += sum_N D
 
-so that only ``dh`` and ``dW``, as large as h and W, outlive it, and nothing is computed twice. The losses see a few rows
-of the block at a time, and D takes the place of z: what they keep for their own backward pass stays small, so the
-block can be large enough for fast products.
+so that only ``dh`` and ``dW``, as large as h and W, outlive it, and nothing is computed twice. The losses
+see a few rows of the block at a time, and D takes the place of z: what they keep for their own backward pass stays
+small, so the block can be large enough for fast products.
 
 Letters: N tokens, E hidden size, V vocabulary, P losses.
 """
@@ -32,8 +32,8 @@ BLOCK_WEIGHTS = 1 << 24
 """Elements of dW whose bf16 product exists before it is added in fp32."""
 
 Losses = Callable[..., Tensor]
-"""``(logits [n, V], rows) -> [P]``: sums over the n tokens ``rows``, differentiable in the logits. With ``beside`` there is
-a third argument, its rows."""
+"""``(logits [n, V], rows) -> [P]``: sums over the n tokens ``rows``, differentiable in the logits. With
+``beside`` there is a third argument, its rows."""
 
 
 def head_loss(
@@ -53,7 +53,8 @@ def head_loss(
             forward, so a head in the root's group is plain there; one that is a group of its own is not.
         losses: the losses of some tokens; their gradient goes to ``hidden_NE`` and the parameters of ``head`` only.
         weights_P: their weights, without a gradient.
-        beside: what the logits are held against, such as a teacher's logits, made once for each block: rows -> ``[n, ...]``.
+        beside: what the logits are held against, such as a teacher's logits, made once for each block of rows,
+            ``[n, ...]``.
 
     Returns:
         The weighted sum, and the P sums by themselves, detached; fp32, or fp64 for fp64 logits.
