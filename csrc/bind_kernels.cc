@@ -236,27 +236,40 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
   return out.cast();
 }
 
-nb::object head_logits(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& weight,
-                       const std::optional<FloatVector>& weight_scale, const ArrayIn<float, 2>& x,
+using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+DenseMatrix head_matrix(const AnyArray& weight, const std::optional<AnyArray>& scale, size_t columns) {
+  require(weight.ndim() >= 2 && columns <= size_t{1} << 16, "weight must have rows, and at most 65536 columns");
+  DenseMatrix head{.rows = weight.shape(0), .columns = columns, .data = static_cast<const uint8_t*>(weight.data())};
+  if (weight.dtype() == nb::dtype<uint8_t>()) {
+    head.form = Form::int4;
+    require(weight.ndim() == 3 && weight.shape(1) == head.groups() && weight.shape(2) == kInt4Rows * kInt4Group / 2,
+            "int4 weights must be [V / 16, D / 64, 512]");
+    require(scale && scale->dtype() == nb::dtype<uint16_t>() && scale->ndim() == 3 &&
+                scale->shape(0) == weight.shape(0) && scale->shape(1) == head.groups() && scale->shape(2) == kInt4Rows,
+            "int4 weights come with bf16 scales (uint16) [V / 16, D / 64, 16]");
+    head.rows *= kInt4Rows;
+    head.group_scale = static_cast<const uint8_t*>(scale->data());
+    return head;
+  }
+  require(weight.ndim() == 2 && weight.shape(1) == columns, "x must have as many columns as weight");
+  if (weight.dtype() == nb::dtype<int8_t>()) {
+    head.form = Form::int8;
+    require(scale && scale->dtype() == nb::dtype<float>() && scale->ndim() == 1 && scale->shape(0) == head.rows,
+            "int8 weights come with float scales [V]");
+    head.scale = static_cast<const float*>(scale->data());
+    return head;
+  }
+  head.form = weight.dtype() == nb::dtype<uint16_t>() ? Form::bf16 : Form::f32;
+  require(!scale && (head.form == Form::bf16 || weight.dtype() == nb::dtype<float>()),
+          "weight must be float32 or uint16 (bf16), or int8 or uint8 (int4) with scales");
+  return head;
+}
+
+nb::object head_logits(const AnyArray& weight, const std::optional<AnyArray>& weight_scale, const ArrayIn<float, 2>& x,
                        const std::string& isa) {
   const KernelTable& room = room_named(isa);
-  DenseMatrix head{.rows = weight.shape(0), .columns = weight.shape(1)};
-  if (weight.dtype() == nb::dtype<float>()) {
-    head.dtype = DType::f32;
-  } else if (weight.dtype() == nb::dtype<uint16_t>()) {
-    head.dtype = DType::bf16;
-  } else if (weight.dtype() == nb::dtype<int8_t>()) {
-    head.dtype = DType::i8;
-  } else {
-    throw std::invalid_argument("weight must be float32, uint16 (bf16) or int8");
-  }
-  require(x.shape(1) == head.columns, "x must have as many columns as weight");
-  require(
-      (head.dtype == DType::i8) == weight_scale.has_value() && (!weight_scale || weight_scale->shape(0) == head.rows),
-      "int8 weights, and no others, come with one scale for each row");
-  require(head.columns <= size_t{1} << 16, "weight must have at most 65536 columns");
-  head.data = static_cast<const uint8_t*>(weight.data());
-  head.scale = weight_scale ? weight_scale->data() : nullptr;
+  const DenseMatrix head = head_matrix(weight, weight_scale, x.shape(1));
   FloatOut out({x.shape(0), head.rows});
   head_rows(room, head, HeadInput(head, x.data(), x.shape(0)), {0, head.rows}, out.data());
   return out.cast();

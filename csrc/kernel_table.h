@@ -22,6 +22,8 @@ constexpr size_t kMaxFeatures = 1u << 18;  // K: keeps every int32 accumulator b
 constexpr size_t kKeyBlock = 16;           // keys of a block of the key cache
 constexpr size_t kMaxTile = 12;            // tokens of a gemm tile
 constexpr size_t kAttendRows = 16;         // query rows of one call of attend
+constexpr size_t kInt4Rows = 16;           // rows of a block of an int4 table
+constexpr size_t kInt4Group = 64;          // features of an int4 row that share a scale
 
 // CPU features a room may require.
 enum Feature : uint32_t {
@@ -117,6 +119,12 @@ struct KernelTable {
   // Two exact dot products per row of int8 weights: high[r], low[r] with two int8 vectors.
   void (*dot_i8)(const int8_t* weights, size_t rows, size_t k, const int8_t* high, const int8_t* low, int32_t* high_dot,
                  int32_t* low_dot);
+
+  // out[16 b + r] = sum over groups g of scale[b][g][r] * (254 H + L), H and L the exact dot products of row r's int4
+  // weights (nibble - 8) with high and low. A block is groups * 512 bytes, scales are bf16; offset[g] = -8 (254 sum
+  // high + sum low). Codes within 127: then 254 H + L is a whole number that a float holds.
+  void (*dot_i4)(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const int8_t* high,
+                 const int8_t* low, const int32_t* offset, float* out);
 
   // 64 multiply-adds per accumulator and step of the widest int8 dot product, on registers; returns multiply-adds done.
   uint64_t (*probe_int8)(uint64_t steps);

@@ -141,7 +141,7 @@ def test_a_finished_student_is_recorded_beside_torch_and_full_precision(
         (("export", "{student}", "{student}"), "is there already"),
         (("bench",), "name an exported model or a --shape"),
         (("bench", "--shape", "gpt-5"), "--shape gpt-5: use one of"),
-        (("bench", "--shape", "qwen3-0.6b", "--head", "int4"), "--head int4"),
+        (("bench", "--shape", "qwen3-0.6b", "--head", "int3"), "--head int3"),
         (("bench", "--shape", "qwen3-0.6b", "--threads", "0"), "--threads 0"),
         (("bench", "--shape", "qwen3-0.6b", "--versus", "vllm"), "the one peer is llama.cpp"),
         (("bench", "{packed}", "--versus", "llama.cpp"), "name one"),

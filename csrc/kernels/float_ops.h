@@ -16,6 +16,8 @@ using bitdistill::Attend;
 using bitdistill::Dequantize;
 using bitdistill::Float;
 using bitdistill::kAttendRows;
+using bitdistill::kInt4Group;
+using bitdistill::kInt4Rows;
 using bitdistill::kKeyBlock;
 using bitdistill::kRowBlock;
 using bitdistill::kScoreKeys;

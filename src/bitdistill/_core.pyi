@@ -265,6 +265,10 @@ def attend(
     """
 
 def head_logits(
-    weight: NDArray[Any], weight_scale: NDArray[np.float32] | None, x: NDArray[np.float32], *, isa: str
+    weight: NDArray[Any], weight_scale: NDArray[Any] | None, x: NDArray[np.float32], *, isa: str
 ) -> NDArray[np.float32]:
-    """``[M, V]`` logits of states ``[M, D]``; weight F32, BF16 (as uint16) or I8 with scales ``[V]``."""
+    """``[M, V]`` logits of states ``[M, D]``.
+
+    Weight: F32 or BF16 (as uint16) ``[V, D]``; I8 with F32 scales ``[V]``; int4 as uint8
+    ``[V / 16, D / 64, 512]`` with BF16 scales ``[V / 16, D / 64, 16]``, see ``layout.pack_int4``.
+    """

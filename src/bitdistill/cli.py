@@ -194,8 +194,10 @@ def inspect(
 def export(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="Finished ternary checkpoint.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the exported model.")],
-    head: Annotated[str | None, typer.Option(help="Form of the head: bf16, int8 or f32.")] = None,
-    embedding: Annotated[str | None, typer.Option(help="Form of the embedding: bf16, int8 or f32.")] = None,
+    head: Annotated[str | None, typer.Option(help="Form of the head: bf16, int8, int4 or f32.")] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="Form of the embedding: bf16, int8, int4 or f32.")
+    ] = None,
     licence: Annotated[
         str | None, typer.Option("--license", help="Licence of the base model, if its card does not say.")
     ] = None,

@@ -146,7 +146,7 @@ def bench(
         list[int] | None, typer.Option(help="Thread counts to measure; 1 to all CPUs if not given.")
     ] = None,
     head: Annotated[
-        str, typer.Option(help="With --shape: form of embedding and head, bf16 or int8.")
+        str, typer.Option(help="With --shape: form of embedding and head, bf16, int8 or int4.")
     ] = "int8",
     versus: Annotated[
         str | None, typer.Option(help="llama.cpp: the same shape in turns with a peer.")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from packed_student import core_model
+from packed_student import core_model, int4_groups, int4_values, int8_rows
 from parity import differing_codes, torch_codes
 from transformers import LlamaConfig
 
@@ -107,15 +107,16 @@ def test_bf16_tables_and_linears_are_torchs_after_rounding(
     check_parity(model, engine)
 
 
-def test_int8_tables_are_torchs_with_the_quantised_tables(
-    make_student: Callable[..., Any], isa: str, tmp_path: Path
+@pytest.mark.parametrize(("table", "quantise"), [("I8", int8_rows), ("I4", int4_groups)])
+def test_integer_tables_are_torchs_with_the_quantised_tables(
+    make_student: Callable[..., Any], isa: str, tmp_path: Path, table: str, quantise: Callable
 ) -> None:
     model = make_student("llama", tie_word_embeddings=True)
-    engine = core_model(model, tmp_path, table="I8", isa=isa)
+    engine = core_model(model, tmp_path, table=table, isa=isa)
     with torch.no_grad():
         weight = model.model.embed_tokens.weight
-        scale = weight.abs().amax(dim=1, keepdim=True).clamp(min=1e-30) / 127
-        weight.copy_((weight / scale).round() * scale)
+        code, scale = quantise(weight)
+        weight.copy_(torch.from_numpy(code * scale if table == "I8" else int4_values(code, scale)))
     torch.manual_seed(7)
     ids = torch.randint(0, 300, (TOKENS,))
     expected, _ = torch_codes(model, ids)

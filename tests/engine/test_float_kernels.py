@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_student import as_bf16, int8_rows
+from packed_student import as_bf16, int4_groups, int4_values, int8_rows
 from torch.nn import functional as F
 
-from bitdistill import _core
+from bitdistill import _core, layout
 from bitdistill.model.quant import quantize_int8
 
 ROOMS = _core.available_isas()
@@ -98,6 +98,11 @@ def test_attention_with_scores_far_apart(isa: str) -> None:
     np.testing.assert_allclose(got, expected, rtol=1e-4)
 
 
+def int4_logits(code: np.ndarray, scale: np.ndarray, x: np.ndarray, isa: str) -> np.ndarray:
+    packed, scales = layout.pack_int4(code), np.ascontiguousarray(layout.pack_int4_scales(scale))
+    return _core.head_logits(packed, scales, x, isa=isa)[:, : len(code)]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 4, 66])
 @pytest.mark.parametrize("columns", [1, 15, 64, 100, 257])
 @pytest.mark.parametrize("tokens", [1, 5])
@@ -119,6 +124,21 @@ def test_head(isa: str, rows: int, columns: int, tokens: int) -> None:
     # x is split in two int8 codes: half a step of the finer one, peak / 127 / 254 / 2, over each of the columns.
     bound = np.abs(code * scale).sum(1)[None, :] * x.abs().amax(1).numpy()[:, None] / 127 / 254 / 2
     assert (np.abs(got - quantised) <= bound * 1.01 + 1e-4).all()
+
+    code, scale = int4_groups(weight)
+    values = int4_values(code, scale).astype(np.float64)
+    got = int4_logits(code, scale, x.numpy(), isa)
+    bound = np.abs(values).sum(1)[None, :] * x.abs().amax(1).numpy()[:, None] / 127 / 254 / 2
+    assert (np.abs(got - x.double().numpy() @ values.T) <= bound * 1.01 + 1e-4).all()
+
+
+def test_int4_head_with_every_code_at_its_end(isa: str) -> None:
+    """Codes of -8 and 7 against states of full scale: no sum of a lane may overflow."""
+    code = np.where(np.arange(256) % 3 == 0, -8, 7).astype(np.int8)[None].repeat(3, 0)
+    scale = np.full((3, 4), 0x3F80, np.uint16)  # 1 in bf16
+    x = np.stack([np.full(256, 2.0), np.where(code[0] < 0, -2.0, 2.0)]).astype(np.float32)
+    got = int4_logits(code, scale, x, isa)
+    np.testing.assert_allclose(got, x @ code.T.astype(np.float32), rtol=1e-5)
 
 
 def test_int8_head_is_the_same_in_every_room() -> None:

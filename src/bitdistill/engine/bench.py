@@ -22,7 +22,7 @@ from typing import Any
 from ..errors import ConfigError
 from .bench_process import Process
 from .bench_worker import DECODE_PROMPT
-from .shapes import find_shape
+from .shapes import HEADS, find_shape
 
 logger = logging.getLogger(__name__)
 
@@ -53,8 +53,8 @@ def run_bench(
         raise ConfigError("name an exported model or a --shape, not both and not neither")
     if shape is not None:
         find_shape(shape)
-    if head not in ("bf16", "int8"):
-        raise ConfigError(f"--head {head}: use bf16 or int8")
+    if head not in HEADS:
+        raise ConfigError(f"--head {head}: use one of {', '.join(HEADS)}")
     if any(count < 1 or count > 1024 for count in threads):
         raise ConfigError(f"--threads {min(threads)}: use 1 to 1024")
     if versus is not None:
