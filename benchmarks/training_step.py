@@ -3,8 +3,8 @@
     python benchmarks/training_step.py --shape qwen3-0.6b-4l --threads 2 --output step.json
     python benchmarks/training_step.py --shape qwen3-0.6b --device cuda --compile --output step_gpu.json
 
-A step is what stage 2 does: forward and backward pass of the language-modelling objective, clipping and fused AdamW, latents
-in fp32, products in the precision of autocast. ``ternary`` has SubLN norms, ternary weights and INT8 activations.
+A step is what stage 2 does: forward and backward pass of the language-modelling objective, clipping and fused AdamW,
+latents in fp32, products in the precision of autocast. ``ternary`` has SubLN norms, ternary weights and INT8 activations.
 """
 
 import argparse

@@ -38,16 +38,6 @@ size_t not_negative(const char* what, int64_t value) {
   return static_cast<size_t>(value);
 }
 
-template <class T>
-T one_of(const char* field, const std::string& value, std::initializer_list<std::pair<const char*, T>> choices) {
-  std::string known;
-  for (const auto& [name, choice] : choices) {
-    if (value == name) return choice;
-    known += (known.empty() ? "" : ", ") + std::string(name);
-  }
-  throw std::invalid_argument(std::string(field) + " = '" + value + "' is not one of " + known);
-}
-
 std::shared_ptr<Model> load(const std::optional<std::string>& path, const std::vector<TensorEntry>& tensors,
                             const Config& config, int64_t threads, bool mmap, const std::optional<std::string>& isa,
                             uint64_t seed) {
@@ -244,10 +234,10 @@ void bind_session(nb::module_& m) {
   nb::class_<Session>(m, "Session", nb::is_final())
       .def(
           "__init__",
-          [](Session* self, std::shared_ptr<Model> model, int64_t context, bool exact) {
-            new (self) Session(std::move(model), not_negative("context", context), exact);
+          [](Session* self, std::shared_ptr<Model> model, int64_t context, const std::string& kv) {
+            new (self) Session(std::move(model), not_negative("context", context), cache_named(kv));
           },
-          "model"_a, nb::kw_only(), "context"_a = 0, "exact"_a = false)
+          "model"_a, nb::kw_only(), "context"_a = 0, "kv"_a = "fp16")
       .def_prop_ro("position", &Session::position)
       .def_prop_ro("context", &Session::context)
       .def("memory",

@@ -180,7 +180,7 @@ nb::object norm_quantize(const ArrayIn<float, 2>& x, const std::optional<FloatVe
 }
 
 nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, const ArrayIn<float, 3>& value,
-                  double scale, const std::string& isa, bool exact, size_t window) {
+                  double scale, const std::string& isa, const std::string& kv_form, size_t window) {
   const KernelTable& room = room_named(isa);
   const size_t tokens = query.shape(0), heads = query.shape(1), dim = query.shape(2);
   const size_t positions = key.shape(0), kv = key.shape(1);
@@ -193,7 +193,7 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
   config.num_hidden_layers = 1;
   config.num_key_value_heads = kv;
   config.head_dim = dim;
-  KvCache cache(config, positions, exact);
+  KvCache cache(config, positions, cache_named(kv_form));
   const size_t padded = config.padded_head_dim();
   std::vector<uint16_t> half(padded);
   for (size_t p = 0; p < positions; ++p) {
@@ -215,17 +215,15 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
         seen_from[t] = window == 0 || window >= visible[t] ? 0 : visible[t] - window;
       }
       const size_t own = head / (heads / kv);
-      const Attend args{.query = rows.data(),
-                        .rows = count,
-                        .first = seen_from,
-                        .visible = visible,
-                        .keys = cache.keys(0, own),
-                        .values = cache.values(0, own),
-                        .half = cache.half(),
-                        .head_dim = dim,
-                        .padded_dim = padded,
-                        .out = mixed.data(),
-                        .scores = scores.data()};
+      Attend args{.query = rows.data(),
+                  .rows = count,
+                  .first = seen_from,
+                  .visible = visible,
+                  .head_dim = dim,
+                  .padded_dim = padded,
+                  .out = mixed.data(),
+                  .scores = scores.data()};
+      cache.show(0, own, args);
       room.attend(&args);
       for (size_t t = 0; t < count; ++t) {
         std::copy(mixed.data() + t * padded, mixed.data() + t * padded + dim,
@@ -296,7 +294,7 @@ void bind_kernels(nb::module_& m) {
         "code"_a, "act_scale"_a, nb::kw_only(), "isa"_a, "threads"_a = 1, "block_size"_a = 0);
   m.def("norm_quantize", &norm_quantize, "x"_a, "gain"_a.none(), "eps"_a, nb::kw_only(), "isa"_a,
         "rounding"_a = "divide");
-  m.def("attend", &attend, "query"_a, "key"_a, "value"_a, "scale"_a, nb::kw_only(), "isa"_a, "exact"_a = false,
+  m.def("attend", &attend, "query"_a, "key"_a, "value"_a, "scale"_a, nb::kw_only(), "isa"_a, "kv"_a = "fp16",
         "window"_a = 0);
   m.def("head_logits", &head_logits, "weight"_a, "weight_scale"_a.none(), "x"_a, nb::kw_only(), "isa"_a);
 }

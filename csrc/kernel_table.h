@@ -41,6 +41,7 @@ enum Feature : uint32_t {
 enum class Rounding { divide, multiply };  // x / (max / 127) or x * (127 / max)
 enum class Activation { silu, relu2, gelu_tanh };
 enum class Float { f32, bf16, f16 };
+enum class Cache { f32, f16, i8 };  // how keys and values are kept
 
 // dot products -> float: out[t * out_stride + r] (+)= dot[t * 32 + r] * (act_scale[t] * scale[r]) + bias[r]
 struct Dequantize {
@@ -65,7 +66,9 @@ struct Attend {
   const size_t* visible;
   const void* keys;
   const void* values;
-  bool half;  // fp16 keys and values, else fp32
+  Cache form;
+  const float* key_scale;    // i8: of each key; a multiple of 16 may be read
+  const float* value_scale;  // i8: of each value
   size_t head_dim;
   size_t padded_dim;  // head_dim rounded up to 16
   float* out;         // [rows][padded_dim]

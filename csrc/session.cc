@@ -29,10 +29,10 @@ float log_probability(const float* logits, size_t count, int32_t token) {
 
 }  // namespace
 
-Session::Session(std::shared_ptr<const Model> model, size_t context, bool exact)
+Session::Session(std::shared_ptr<const Model> model, size_t context, Cache kv)
     : model_(std::move(model)),
       context_(checked_context(*model_, context)),
-      cache_(model_->config(), context_, exact),
+      cache_(model_->config(), context_, kv),
       work_(model_->config(), model_->room(), model_->pool().size()),
       logits_(model_->config().vocab_size) {}
 

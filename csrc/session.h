@@ -15,7 +15,7 @@ enum class Finish { stop, length, context };
 class Session {
  public:
   // context 0: the model's. Throws std::invalid_argument.
-  Session(std::shared_ptr<const Model> model, size_t context, bool exact);
+  Session(std::shared_ptr<const Model> model, size_t context, Cache kv);
 
   const Model& model() const { return *model_; }
   size_t position() const { return stored_ + (pending_ ? 1 : 0); }

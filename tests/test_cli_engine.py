@@ -95,7 +95,7 @@ def test_eval_in_the_engine_is_torchs(
 ) -> None:
     folder, _ = packed
     found = {}
-    for name, arguments in (("engine", (folder, "--engine", "--exact")), ("torch", (student,))):
+    for name, arguments in (("engine", (folder, "--engine", "--kv-cache", "fp32")), ("torch", (student,))):
         outcome = cli("eval", project, *arguments, "--json", tmp_path / f"{name}.json")
         assert outcome.status == 0, outcome.err
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
@@ -107,7 +107,7 @@ def test_perplexity_in_the_engine_is_torchs(
     cli: Callable[..., Any], packed: tuple, project: Path, student: Path, tmp_path: Path
 ) -> None:
     found = {}
-    for name, arguments in (("engine", (packed[0], "--engine", "--exact")), ("torch", (student,))):
+    for name, arguments in (("engine", (packed[0], "--engine", "--kv-cache", "fp32")), ("torch", (student,))):
         outcome = cli("eval", project, *arguments, "--perplexity", "--json", tmp_path / f"{name}.json")
         assert outcome.status == 0, outcome.err
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())["perplexity"]
@@ -137,7 +137,7 @@ def test_a_finished_student_is_recorded_beside_torch_and_full_precision(
         (("generate", "{packed}", "x", "--top-p", "2"), "top_p"),
         (("generate", "{student}", "x"), "not an exported model"),
         (("eval", "{project}", "{student}", "--engine"), "not an exported model"),
-        (("eval", "{project}", "{student}", "--exact"), "give it with --engine"),
+        (("eval", "{project}", "{student}", "--kv-cache", "fp32"), "give it with --engine"),
         (("export", "{student}", "{student}"), "is there already"),
         (("bench",), "name an exported model or a --shape"),
         (("bench", "--shape", "gpt-5"), "--shape gpt-5: use one of"),

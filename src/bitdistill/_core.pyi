@@ -148,10 +148,10 @@ class Sampler:
 class Session:
     """One sequence: its KV cache and its position.
 
-    ``exact`` keeps keys and values in fp32 (else fp16). The cache grows with the text, up to ``context`` tokens.
+    ``kv`` is how keys and values are kept: fp16, int8 or fp32. The cache grows with the text, up to ``context`` tokens.
     """
 
-    def __init__(self, model: Model, *, context: int = 0, exact: bool = False) -> None:
+    def __init__(self, model: Model, *, context: int = 0, kv: str = "fp16") -> None:
         """``context`` 0: the model's ``max_context``, which is also the most it may be."""
 
     @property
@@ -256,7 +256,7 @@ def attend(
     scale: float,
     *,
     isa: str,
-    exact: bool = False,
+    kv: str = "fp16",
     window: int = 0,
 ) -> NDArray[np.float32]:
     """Causal attention ``[M, H, E]`` of the last M of T positions; key and value ``[T, KV, E]`` go through a cache.

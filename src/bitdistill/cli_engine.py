@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_output import JsonFile, console, stderr, write_json_to
+from .cli_output import JsonFile, KvCache, console, stderr, write_json_to
 from .errors import BitDistillError, ConfigError
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that `bitdistill export` wrote.")]
 Threads = Annotated[int | None, typer.Option(help="Worker threads; one for each CPU if not given.")]
-Exact = Annotated[bool, typer.Option("--exact", help="Keys and values of attention in fp32.")]
 Mmap = Annotated[bool, typer.Option("--mmap", help="Share the file's pages instead of copying them.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -43,7 +42,7 @@ def generate(
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")] = None,
     threads: Threads = None,
-    exact: Exact = False,
+    kv_cache: KvCache = "fp16",
     mmap: Mmap = False,
     json_path: JsonFile = None,
 ) -> None:
@@ -51,7 +50,7 @@ def generate(
     from .engine import Conversation, Engine
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = Engine(model, threads=threads, exact=exact, mmap=mmap)
+    engine = Engine(model, threads=threads, kv_cache=kv_cache, mmap=mmap)
     conversation = Conversation(engine)
     pieces = conversation.stream(
         [{"role": "user", "content": text}] if chat_ else text,
@@ -80,14 +79,14 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     threads: Threads = None,
-    exact: Exact = False,
+    kv_cache: KvCache = "fp16",
     mmap: Mmap = False,
     json_path: JsonFile = None,
 ) -> None:
     """Talk to an exported model. An empty line or end of input ends the chat; --json keeps it."""
     from .engine import Conversation, Engine
 
-    engine = Engine(model, threads=threads, exact=exact, mmap=mmap)
+    engine = Engine(model, threads=threads, kv_cache=kv_cache, mmap=mmap)
     if not engine.text.has_chat_template:
         raise ConfigError(f"{model}: this model has no chat template; use: bitdistill generate")
     conversation = Conversation(engine)

@@ -60,18 +60,21 @@ def test_values_that_are_not_finite_do_no_harm(isa: str) -> None:
     group=st.integers(1, 5),
     dim=st.sampled_from([2, 6, 8, 16, 30, 64, 128]),
     room=st.sampled_from(ROOMS),
-    exact=st.booleans(),
+    form=st.sampled_from(["fp32", "fp16", "int8"]),
     window=st.sampled_from([0, 1, 15, 16, 17, 300]),
 )
 def test_attention_is_torchs(
-    tokens: int, before: int, kv: int, group: int, dim: int, room: str, exact: bool, window: int
+    tokens: int, before: int, kv: int, group: int, dim: int, room: str, form: str, window: int
 ) -> None:
     torch.manual_seed(tokens * 1000 + before)
     positions = tokens + before
     query = torch.randn(tokens, kv * group, dim) * 2
     key, value = torch.randn(positions, kv, dim), torch.randn(positions, kv, dim)
-    if not exact:
-        key, value = key.half().float(), value.half().float()  # the cache's rounding is not under test
+    # The cache's rounding is not under test.
+    if form == "fp16":
+        key, value = key.half().float(), value.half().float()
+    if form == "int8":
+        key, value = (torch.mul(*quantize_int8(x)) for x in (key, value))
     behind = torch.arange(before, positions)[:, None] - torch.arange(positions)[None, :]
     mask = (behind >= 0) & (behind < (window or positions))
     expected = F.scaled_dot_product_attention(
@@ -80,9 +83,7 @@ def test_attention_is_torchs(
         value.repeat_interleave(group, 1).transpose(0, 1).double(),
         attn_mask=mask,
     ).transpose(0, 1)
-    got = _core.attend(
-        query.numpy(), key.numpy(), value.numpy(), dim**-0.5, isa=room, exact=exact, window=window
-    )
+    got = _core.attend(query.numpy(), key.numpy(), value.numpy(), dim**-0.5, isa=room, kv=form, window=window)
     np.testing.assert_allclose(got, expected.numpy(), rtol=2e-5, atol=2e-5)
 
 
@@ -91,7 +92,7 @@ def test_attention_with_scores_far_apart(isa: str) -> None:
     query = np.full((1, 1, 16), 30, np.float32)
     key = np.linspace(-5, 5, 700, dtype=np.float32)[:, None, None].repeat(16, axis=2)
     value = np.arange(700, dtype=np.float32)[:, None, None].repeat(16, axis=2)
-    got = _core.attend(query, key, value, 1.0, isa=isa, exact=True)
+    got = _core.attend(query, key, value, 1.0, isa=isa, kv="fp32")
     scores = 480.0 * key[:, 0, 0].astype(np.float64)
     weights = np.exp(scores - scores.max())
     expected = (weights * value[:, 0, 0]).sum() / weights.sum()
