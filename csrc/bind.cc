@@ -215,8 +215,10 @@ void bind_model(nb::module_& m) {
       .def("memory", &memory_of)
       .def(
           "decode_bytes",
-          [](const Model& self, int64_t context) { return self.decode_bytes(not_negative("context", context)); },
-          "context"_a = 0);
+          [](const Model& self, int64_t context, const std::string& kv) {
+            return self.decode_bytes(not_negative("context", context), cache_named(kv));
+          },
+          "context"_a = 0, "kv"_a = "fp16");
 }
 
 void bind_session(nb::module_& m) {
@@ -247,6 +249,15 @@ void bind_session(nb::module_& m) {
              bytes["scratch"] = self.scratch_bytes();
              return bytes;
            })
+      .def("start_profile", &Session::start_profile)
+      .def_prop_ro("profile",
+                   [](const Session& self) {
+                     nb::dict seconds;
+                     if (!self.profile()) return seconds;
+                     for (size_t i = 0; i < kPhaseNames.size(); ++i)
+                       seconds[kPhaseNames[i]] = self.profile()->seconds()[i];
+                     return seconds;
+                   })
       .def("forward", &forward, "tokens"_a, nb::kw_only(), "all_positions"_a = false)
       .def("score", &score, "tokens"_a, "first"_a = 1)
       .def("decode", &decode, "sampler"_a, "max_new_tokens"_a, "stop"_a = std::vector<int32_t>())

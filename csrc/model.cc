@@ -330,10 +330,12 @@ Model::Model(std::unique_ptr<TensorSource> source, const std::vector<TensorEntry
   Loader(*this, tensors).load();
 }
 
-uint64_t Model::decode_bytes(size_t context) const {
+uint64_t Model::decode_bytes(size_t context, Cache form) const {
+  const uint64_t scale_bytes = form == Cache::i8 ? config_.num_key_value_heads * sizeof(float) : 0;
+  const uint64_t key_bytes = config_.key_size() * (form == Cache::i8 ? 1 : form == Cache::f16 ? 2 : 4) + scale_bytes;
   uint64_t kv = 0;
   for (const LayerAttention& layer : config_.attention) {
-    kv += uint64_t{2} * 2 * config_.key_size() * (layer.window == 0 ? context : std::min(context, layer.window));
+    kv += 2 * key_bytes * (layer.window == 0 ? context : std::min(context, layer.window));
   }
   const uint64_t head = head_.rows * (head_.row_bytes() + head_.scale_bytes());
   return memory_.ternary + memory_.scales + memory_.dense + memory_.norms + head + embedding_.row_bytes() + kv;

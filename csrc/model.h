@@ -93,8 +93,8 @@ class Model {
   const DenseMatrix& head() const { return head_; }
   const float* final_norm() const { return final_norm_; }
   const ModelMemory& memory() const { return memory_; }
-  // Bytes that one decode step reads: weights, head, one embedding row, and fp16 keys and values of `context` tokens.
-  uint64_t decode_bytes(size_t context) const;
+  // Bytes that one decode step reads: weights, head, one embedding row, and the keys and values of `context` tokens.
+  uint64_t decode_bytes(size_t context, Cache kv) const;
 
  private:
   friend class Loader;

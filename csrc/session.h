@@ -29,6 +29,9 @@ class Session {
   void score(std::span<const int32_t> tokens, size_t first, float* out);
   Finish decode(Sampler& sampler, size_t max_new_tokens, std::span<const int32_t> stop, std::vector<int32_t>& out);
   void truncate(size_t position);
+  // Counts the time of each phase from here on; what was counted before is forgotten.
+  void start_profile();
+  const std::optional<Profile>& profile() const { return profile_; }
 
  private:
   void check(std::span<const int32_t> tokens) const;
@@ -42,6 +45,7 @@ class Session {
   size_t context_;
   KvCache cache_;
   Workspace work_;
+  std::optional<Profile> profile_;
   std::mutex mutex_;  // a second thread's call waits
   size_t stored_ = 0;
   std::optional<int32_t> pending_;  // generated, not yet fed

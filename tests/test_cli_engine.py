@@ -161,11 +161,24 @@ def test_bench_writes_records(packed: tuple) -> None:
     records = run_bench(packed[0], None, [2])
     assert [(r["phase"], r["tokens"]) for r in records] == [("prefill", 128), ("decode", 128)]
     for record in records:
-        assert set(record) == RECORD
+        assert set(record) == RECORD | {"kv"}
         assert (record["threads"], record["batch"], record["head_bits"], record["versus"]) == (2, 1, 32, None)
         assert record["tok_s"] > 0
         assert record["roofline_share"] > 0
         assert record["peak_rss_bytes"] > 1 << 20
+
+
+def test_a_profile_accounts_for_the_time_and_the_work(packed: tuple) -> None:
+    records = run_bench(packed[0], None, [1], kv="int8", profile=True)
+    for record in records:
+        assert record["kv"] == "int8"
+        profile = record["profile"]
+        assert sum(phase["time_share"] for phase in profile.values()) == pytest.approx(1)
+        assert all(phase["ms_per_token"] >= 0 for phase in profile.values())
+        linears = {"qkv", "o_proj", "gate_up", "down_proj"}
+        bound = {name for name, phase in profile.items() if phase["roofline_share"] is not None}
+        assert bound == (linears if record["phase"] == "prefill" else linears | {"head"})
+        assert all(profile[name]["roofline_share"] > 0 for name in bound)
 
 
 def test_shapes_have_the_published_sizes() -> None:

@@ -126,7 +126,7 @@ class Model:
         """Bytes by part: ``ternary``, ``scales``, ``dense`` (skipped linears), ``norms`` (and biases), ``embedding``,
         ``head`` (0 when tied), ``mapped`` (of all these, file pages)."""
 
-    def decode_bytes(self, context: int = 0) -> int:
+    def decode_bytes(self, context: int = 0, kv: str = "fp16") -> int:
         """Bytes that one decode step reads from memory: weights, head, and an fp16 KV cache of ``context`` tokens."""
 
 # --- text ---
@@ -153,6 +153,14 @@ class Session:
 
     def __init__(self, model: Model, *, context: int = 0, kv: str = "fp16") -> None:
         """``context`` 0: the model's ``max_context``, which is also the most it may be."""
+
+    def start_profile(self) -> None:
+        """Count the time of each phase from here on; what was counted before is forgotten."""
+
+    @property
+    def profile(self) -> dict[str, float]:
+        """Seconds of forward passes by phase: embed, norm (with quantisation), qkv, attention, o_proj, gate_up,
+        down_proj, head. Empty before ``start_profile``."""
 
     @property
     def position(self) -> int:

@@ -11,6 +11,8 @@ from .cli_output import JsonFile, KvCache, console, stderr, write_json_to
 from .errors import BitDistillError, ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .engine import Generation
 
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that `bitdistill export` wrote.")]
@@ -147,6 +149,8 @@ def bench(
     head: Annotated[
         str, typer.Option(help="With --shape: form of embedding and head, bf16, int8 or int4.")
     ] = "int8",
+    kv_cache: KvCache = "fp16",
+    profile: Annotated[bool, typer.Option("--profile", help="Also show where the time goes.")] = False,
     versus: Annotated[
         str | None, typer.Option(help="llama.cpp: the same shape in turns with a peer.")
     ] = None,
@@ -155,7 +159,7 @@ def bench(
     """Measure prefill and decode beside the machine's roofline of the same moment."""
     from .engine.bench import run_bench
 
-    records = run_bench(model, shape, threads or [], head=head, versus=versus)
+    records = run_bench(model, shape, threads or [], head=head, kv=kv_cache, profile=profile, versus=versus)
     for r in records:
         v = r["versus"]
         peer = f"  {v['ratio']:.2f}x {v['name']} {v['format']}" if v else ""
@@ -165,4 +169,16 @@ def bench(
             highlight=False,
             soft_wrap=True,
         )
+        if "profile" in r:
+            console.print(_profile_table(r["profile"]))
     write_json_to(json_path, records)
+
+
+def _profile_table(profile: dict[str, dict[str, float | None]]) -> "Table":
+    from rich.table import Table
+
+    table = Table("phase", "ms a token", "of the time", "of its roofline", box=None)
+    for name, row in profile.items():
+        roofline = "" if row["roofline_share"] is None else f"{row['roofline_share']:.0%}"
+        table.add_row(name, f"{row['ms_per_token']:.3f}", f"{row['time_share']:.1%}", roofline)
+    return table

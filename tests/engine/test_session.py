@@ -1,6 +1,7 @@
 """A session: its position, its cache, generation and scoring, whatever the chunks and the threads."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -252,6 +253,19 @@ def test_several_models_in_one_process(make_student: Callable[..., Any], tmp_pat
     assert not np.array_equal(a, b)
     one.truncate(0)
     np.testing.assert_array_equal(one.forward(tokens(5)), a)
+
+
+def test_a_profile_counts_from_its_start_and_stays_within_the_clock(engine: _core.Model) -> None:
+    session = _core.Session(engine)
+    assert session.profile == {}
+    session.forward(tokens(200))
+    session.start_profile()
+    assert set(session.profile.values()) == {0.0}
+    started = time.perf_counter()
+    session.forward(tokens(50))
+    total = time.perf_counter() - started
+    assert all(seconds > 0 for seconds in session.profile.values())
+    assert sum(session.profile.values()) <= total
 
 
 def test_memory_figures(engine: _core.Model) -> None:

@@ -100,7 +100,7 @@ class Engine:
             "kv_cache": self.kv_cache,
             "max_context": self.max_context,
             "memory": self.core.memory() | _core.memory_usage(),
-            "decode_bytes": self.core.decode_bytes(),
+            "decode_bytes": self.core.decode_bytes(kv=self.kv_cache),
             "load_s": self.load_s,
         }
 
