@@ -4,10 +4,13 @@ import os
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+
+T = TypeVar("T")
 
 WAIT = timedelta(hours=12)
 """How long a process waits for the others: the main one tokenises and evaluates while they do."""
@@ -37,20 +40,30 @@ def wait_for_everyone() -> None:
 
 
 def on_main_process(work: Callable[[], object]) -> None:
-    """Call ``work`` on the main process while the others wait.
+    """Call ``work`` on the main process while the others wait; failures as in ``from_main_process``."""
+
+    def call() -> None:
+        work()
+
+    from_main_process(call)
+
+
+def from_main_process(work: Callable[[], T]) -> T:
+    """What ``work`` returns on the main process, on every process; the value is pickled on the way.
 
     If it fails, the main process raises and the others leave with status 0: the failure is reported once, and
     the launcher has no cause to stop the main process before it has done so.
     """
     error: BaseException | None = None
+    outcome: list[Any] = [False, None]
     if is_main_process():
         try:
-            work()
+            outcome = [True, work()]
         except BaseException as caught:
             error = caught
-    failed = [error is not None]
-    broadcast_object_list(failed)
+    broadcast_object_list(outcome)
     if error is not None:
         raise error
-    if failed[0]:
+    if not outcome[0]:
         sys.exit(0)
+    return cast("T", outcome[1])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitdistill.train.trainer import LENGTH_WINDOW, SeededOrder
+from bitdistill.train.batches import LENGTH_WINDOW, SeededOrder
 
 
 def order(
