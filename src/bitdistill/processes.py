@@ -10,6 +10,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
+from .errors import ConfigError
+
 T = TypeVar("T")
 
 WAIT = timedelta(hours=12)
@@ -17,11 +19,38 @@ WAIT = timedelta(hours=12)
 
 
 def process_state() -> PartialState:
-    """The processes and this one's device. The first call decides the time-out of all that follow."""
+    """The processes and this one's device. The first call decides the time-out of all that follow.
+
+    Raises:
+        ConfigError: accelerate was asked for a kind of sharding that would be ignored or go wrong.
+    """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        _check_sharding()
         # Without an accelerator accelerate must be told to use the CPU, or it takes each process for the only one.
         return PartialState(cpu=not torch.accelerator.is_available(), timeout=WAIT)
     return PartialState()
+
+
+_SHARDING = (
+    ("FSDP_VERSION", "1", "2", "FSDP1 flattens the latents whose scales are needed"),
+    ("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT", "SHARDED_STATE_DICT", "checkpoints are written in shards"),
+    ("FSDP_CPU_RAM_EFFICIENT_LOADING", "false", "false", "it would leave the teacher without weights"),
+    ("FSDP_ACTIVATION_CHECKPOINTING", "false", "false", "set gradient_checkpointing = true in the recipe"),
+)
+"""What accelerate reads, its default, the one value that works here, and why."""
+
+
+def _check_sharding() -> None:
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+        return
+    if not torch.accelerator.is_available():
+        raise ConfigError("accelerate shards on accelerators only, and there is none: start without FSDP")
+    for name, default, wanted, reason in _SHARDING:
+        value = os.environ.get(name, default)
+        if value.lower() != wanted.lower():
+            raise ConfigError(
+                f"{name.lower()} = {value}: {reason}. Set {name.lower()}: {wanted} (docs/scaling.md has a whole file)"
+            )
 
 
 def num_processes() -> int:

@@ -37,8 +37,7 @@ class StepSchedules(TrainerCallback):
         """Values are functions of the step, so a resumed run has the same ones."""
         decay = weight_decay_at(self.config, state.global_step, state.max_steps)
         for group in optimizer.param_groups:
-            # Trainer gives norms and biases a group with no decay; it must stay that way.
-            if group.setdefault("decays", group["weight_decay"] > 0):
+            if group["decays"]:
                 group["weight_decay"] = decay
         quant_lambda = quant_lambda_at(self.config, state.global_step, state.max_steps)
         for module in model.modules():

@@ -80,6 +80,13 @@ class StudentTrainer(Trainer):
             lengths=self.lengths,
         )
 
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, whose group of norms and biases has no weight decay and is marked to stay that way."""
+        optimizer = super().create_optimizer(model)
+        for group in optimizer.param_groups:
+            group["decays"] = group["weight_decay"] > 0
+        return optimizer
+
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:

@@ -1,0 +1,65 @@
+"""Run by torchrun on two processes: command lines one after the other, each under DDP or FSDP2.
+
+    torchrun --nproc-per-node 2 pair.py '[{"arguments": ["pretrain", ...], "sharded": true, "stop_at": 4}]'
+
+accelerate offers FSDP2 to accelerators only; a sharded command tells it that processes on CPUs are some. What follows is
+accelerate's and Trainer's own way: its plugin, its wrapping, its checkpoints. ``stop_at`` ends the training after that
+step was logged. The main process prints the statuses as JSON.
+"""
+
+import contextlib
+import json
+import sys
+from collections.abc import Iterator
+
+import accelerate.state
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from conftest import run_cli
+
+from bitdistill.train.callbacks import MetricsFile
+
+STOPPED = 75
+initialise = accelerate.state.AcceleratorState.__init__
+
+
+def initialise_sharded(self, *arguments, **keywords):
+    initialise(self, *arguments, **keywords)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+        if self.mixed_precision != "no":
+            plugin.set_mixed_precision(self.mixed_precision)
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+
+@contextlib.contextmanager
+def stopped_at(step: int | None) -> Iterator[None]:
+    """Training ends with status ``STOPPED`` once ``step`` was logged."""
+    log = MetricsFile.on_log
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        log(self, args, state, control, logs=logs, **kwargs)
+        if state.global_step == step:
+            sys.exit(STOPPED)
+
+    MetricsFile.on_log = on_log
+    try:
+        yield
+    finally:
+        MetricsFile.on_log = log
+
+
+def main(jobs: list[dict]) -> None:
+    statuses = []
+    for job in jobs:
+        accelerate.state.AcceleratorState._reset_state()
+        sharded = job.get("sharded", False)
+        accelerate.state.AcceleratorState.__init__ = initialise_sharded if sharded else initialise
+        with stopped_at(job.get("stop_at")):
+            outcome = run_cli(*job["arguments"])
+        statuses.append([outcome.status, outcome.err])
+    if accelerate.PartialState().is_main_process:
+        json.dump(statuses, sys.stdout)
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))
