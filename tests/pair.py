@@ -29,6 +29,7 @@ def initialise_sharded(self, *arguments, **keywords):
         if self.mixed_precision != "no":
             plugin.set_mixed_precision(self.mixed_precision)
         self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+        accelerate.PartialState._shared_state["distributed_type"] = DistributedType.FSDP
 
 
 @contextlib.contextmanager
@@ -51,7 +52,7 @@ def stopped_at(step: int | None) -> Iterator[None]:
 def main(jobs: list[dict]) -> None:
     statuses = []
     for job in jobs:
-        accelerate.state.AcceleratorState._reset_state()
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
         sharded = job.get("sharded", False)
         accelerate.state.AcceleratorState.__init__ = initialise_sharded if sharded else initialise
         with stopped_at(job.get("stop_at")):

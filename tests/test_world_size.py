@@ -1,20 +1,19 @@
 """A step goes on with other processes, sharded or not, to where one process without a stop ends.
 
 The oracle is one process. Two sum a step's gradient in another order, so weights agree to 1e-4 of the way that they moved
-and losses to 1e-5. Runs of one kind are equal to the bit.
+and losses to 1e-4. Runs of one kind are equal to the bit.
 """
 
 import json
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from pair import STOPPED, stopped_at
-from test_processes import LOSS_TOLERANCE, WEIGHT_TOLERANCE, distance, log, untimed
+from test_processes import WEIGHT_TOLERANCE, command, distance, log, untimed
 
 STEPS, SAVED, STOP = 8, 3, 5
-SFT = ("fp16_sft", "pretrain-subln", "bitdistill")
+LOSS_TOLERANCE = 1e-4
 
 
 def pretrain(project: Path, student: Path, output: Path, *, batch_size: int, precision: str = "fp32") -> list:
@@ -23,12 +22,6 @@ def pretrain(project: Path, student: Path, output: Path, *, batch_size: int, pre
     changes = [f"pretrain.{key}={value}" for key, value in settings.items()]
     words = ["pretrain", project, "--source", student, "--output", output]
     return [str(word) for word in (*words, *(part for change in changes for part in ("--set", change)))]
-
-
-def whole_run(project: Path, qwen3: Path, output: Path, *, batch_size: int) -> list:
-    from test_processes import command
-
-    return [str(word) for word in command(project, qwen3, output, batch_size=batch_size)]
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +43,7 @@ def runs(cli, python, project, student, qwen3, tmp_path_factory) -> SimpleNamesp
     on_one("one, bf16", precision="bf16")
     for name in ("one -> two", "one -> sharded"):
         on_one(name, stop_at=STOP)
-    assert cli(*whole_run(project, qwen3, folder / "whole", batch_size=8)).status == 0
+    assert cli(*command(project, qwen3, folder / "whole", batch_size=8)).status == 0
     jobs = [
         on_two("one -> two", batch_size=8),
         on_two("two -> one", stop_at=STOP),
@@ -60,8 +53,9 @@ def runs(cli, python, project, student, qwen3, tmp_path_factory) -> SimpleNamesp
         on_two("sharded -> sharded", sharded=True),
         on_two("sharded", sharded=True),
         on_two("sharded, bf16", sharded=True, precision="bf16"),
-        {"arguments": whole_run(project, qwen3, folder / "whole, sharded", batch_size=4), "sharded": True},
     ]
+    whole_run = command(project, qwen3, folder / "whole, sharded", batch_size=4)
+    jobs.append({"arguments": list(map(str, whole_run)), "sharded": True})
     done = python(Path(__file__).with_name("pair.py"), json.dumps(jobs), processes=2)
     assert done.returncode == 0, done.stderr
     statuses = [status for status, _ in json.loads(done.stdout)]
@@ -112,11 +106,11 @@ def test_statistics_of_sharded_weights_are_those_of_whole_ones(runs):
 def test_in_bf16_a_sharded_student_has_the_trits_of_the_fp32_latents(runs):
     """Latents that FSDP2 gathered in bf16, as accelerate would have it, give other trits and another loss."""
     first, sharded = (log(runs.folder / name)[0] for name in ("one, bf16", "sharded, bf16"))
-    assert sharded["loss"] == pytest.approx(first["loss"], rel=LOSS_TOLERANCE)
+    assert sharded["loss"] == pytest.approx(first["loss"], rel=1e-5)
     assert_same_losses(runs.folder / "one, bf16", runs.folder / "sharded, bf16", rel=2e-2)
 
 
-@pytest.mark.parametrize("step", SFT)
+@pytest.mark.parametrize("step", ["fp16_sft", "pretrain-subln", "bitdistill"])
 def test_a_whole_recipe_is_that_of_one_process(runs, step):
     """Teacher, stage 2, and stage 3 with a sharded teacher beside the student."""
     expected, found = (runs.folder / name / "small" for name in ("whole", "whole, sharded"))
@@ -143,4 +137,3 @@ def test_a_number_that_cannot_share_the_global_batch_is_refused_and_nothing_is_c
     assert "3 processes cannot share a global batch of 8 sequences" in refused.err
     assert "Start 2 or 4 to continue it" in refused.err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    shutil.rmtree(tmp_path / "new.partial" / "trainer" / f"checkpoint-{SAVED}")
