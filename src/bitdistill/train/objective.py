@@ -43,6 +43,12 @@ class LanguageModelling(nn.Module):
         """The decoder layers, by class name, where accelerate looks for what FSDP2 is to shard one by one."""
         return list(self.student._no_split_modules)
 
+    def recompute_layers(self) -> None:
+        """Compute each layer of the student again in the backward pass instead of keeping what it made."""
+        # transformers is renaming it.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(self.student, name) for name in names if hasattr(self.student, name))()
+
     def shard_teacher(self) -> None:
         """Shard what runs beside the student over the processes, as FSDP2 shards the student."""
 

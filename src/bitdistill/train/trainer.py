@@ -203,7 +203,7 @@ def fit(
     work_dir: Path,
     tokenizer: PreTrainedTokenizerBase,
     title: str,
-    processes: int,
+    processes: int | None = None,
     lengths: list[int] | None = None,
 ) -> dict[str, Any]:
     """Train an objective's student in place for ``steps`` optimizer steps, resuming what ``work_dir`` holds.
@@ -211,7 +211,7 @@ def fit(
     Args:
         dataset: items that ``collate`` turns into the objective's keyword arguments.
         work_dir: receives ``metrics.jsonl`` and, until the step is finished, ``trainer/``.
-        processes: those whose global batch this keeps, however many there are now.
+        processes: those whose global batch this keeps, however many there are now; None: these.
         lengths: tokens of each item, to batch similar lengths together.
 
     Returns:
@@ -220,8 +220,9 @@ def fit(
     Raises:
         TrainingError: the loss is not finite, or the processes cannot share the global batch.
     """
-    batch = from_main_process(lambda: global_batch(config, processes, num_processes()))
-    if batch.processes != processes:
+    now = num_processes()
+    batch = from_main_process(lambda: global_batch(config, processes or now, now))
+    if now != (processes or now):
         logger.info(
             "%s keeps its global batch of %d sequences: %d processes, %d micro-batches of %d on each",
             title, batch.size, batch.processes, batch.accumulation, batch.batch_size,
@@ -262,9 +263,7 @@ def fit(
     # accelerate launch has a precision of its own; the recipe's is the one that is recorded.
     args.mixed_precision = "bf16" if args.bf16 else "no"
     if config.gradient_checkpointing:
-        student = objective.student
-        enable = getattr(student, "activation_checkpointing_enable", student.gradient_checkpointing_enable)
-        enable()
+        objective.recompute_layers()
     trainer = StudentTrainer(
         objective=objective,
         config=config,
@@ -308,14 +307,14 @@ def processes_to_keep(recipe: Recipe, output_dir: Path) -> int:
     return from_main_process(lambda: processes_begun_with(output_dir, recipe.run_dir) or now)
 
 
-def training_settings(config: TrainingConfig, processes: int) -> dict[str, Any]:
+def training_settings(config: TrainingConfig, processes: int | None = None) -> dict[str, Any]:
     """A training section as a step's record holds it: with what this machine and its launcher add to the result.
 
-    ``precision`` is the one that computes, not ``auto``; ``processes`` multiplies the global batch. What changes no
-    result is not there.
+    ``precision`` is the one that computes, not ``auto``; ``processes`` (None: these) multiplies the global batch. What
+    changes no result is not there.
     """
     compute = "fp32" if autocast_dtype(config.precision) is None else "bf16"
-    settings = to_dict(config) | {"precision": compute, "processes": processes}
+    settings = to_dict(config) | {"precision": compute, "processes": processes or num_processes()}
     del settings["gradient_checkpointing"]
     return settings
 
