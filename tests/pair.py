@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 pair.py '[{"arguments": ["pretrain", ...], "sharded": true, "stop_at": 4}]'
 
-accelerate offers FSDP2 to accelerators only; a sharded command tells it that processes on CPUs are some. What follows is
-accelerate's and Trainer's own way: its plugin, its wrapping, its checkpoints. ``stop_at`` ends the training after that
-step was logged. The main process prints the statuses as JSON.
+accelerate offers FSDP2 to accelerators only; a sharded command tells it that processes on CPUs are some. What follows
+is accelerate's and Trainer's own way: its plugin, its wrapping, its checkpoints. ``stop_at`` ends the training after that
+step was logged. The main process prints JSON: the status of each, and how often FSDP2 was told to keep gradients whole.
 """
 
 import contextlib
@@ -15,10 +15,14 @@ from collections.abc import Iterator
 import accelerate.state
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from conftest import run_cli
+from torch.distributed.fsdp import FSDPModule
 
 from bitdistill.train.callbacks import MetricsFile
 
 STOPPED = 75
+
+unreduced: list[bool] = []
+"""Whether FSDP2 was told to keep gradients whole, at every such call."""
 initialise = accelerate.state.AcceleratorState.__init__
 
 
@@ -50,6 +54,7 @@ def stopped_at(step: int | None) -> Iterator[None]:
 
 
 def main(jobs: list[dict]) -> None:
+    FSDPModule.set_requires_gradient_sync = lambda module, on, **_: unreduced.append(not on)
     statuses = []
     for job in jobs:
         accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
@@ -57,9 +62,9 @@ def main(jobs: list[dict]) -> None:
         accelerate.state.AcceleratorState.__init__ = initialise_sharded if sharded else initialise
         with stopped_at(job.get("stop_at")):
             outcome = run_cli(*job["arguments"])
-        statuses.append([outcome.status, outcome.err])
+        statuses.append(outcome.status)
     if accelerate.PartialState().is_main_process:
-        json.dump(statuses, sys.stdout)
+        json.dump({"statuses": statuses, "unreduced": sum(unreduced)}, sys.stdout)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Run by torchrun on two processes: students that ``fully_shard`` shards against whole ones. Prints one JSON object.
 
-For every objective and compute dtype: how the parameters lie, whether every ternary weight that a layer multiplied by is
-equal to the whole student's to the bit, and the losses of some AdamW steps on two processes and on one.
+For every objective and compute dtype: how the parameters lie, whether every ternary weight that a layer multiplied by
+is equal to the whole student's to the bit, and the losses of some AdamW steps on two processes and on one.
 """
 
 import contextlib
@@ -52,7 +52,9 @@ def train(objective, *, rank: int, processes: int, bf16: bool) -> tuple[list[flo
     for batch in batches():
         mine = {key: value.chunk(processes)[rank] for key, value in batch.items()}
         multiplied.clear()
-        autocast = torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
+        autocast = (
+            torch.autocast("cpu", torch.bfloat16, cache_enabled=False) if bf16 else contextlib.nullcontext()
+        )
         with autocast:
             loss = objective(**mine, totals=objective.counts(batch))["loss"]
         first = first or [weight.detach().clone() for weight in multiplied]

@@ -1,7 +1,7 @@
 """A step goes on with other processes, sharded or not, to where one process without a stop ends.
 
-The oracle is one process. Two sum a step's gradient in another order, so weights agree to 1e-4 of the way that they moved
-and losses to 1e-4. Runs of one kind are equal to the bit.
+The oracle is one process. Two sum a step's gradient in another order, so weights agree to 1e-4 of the way that they
+moved and losses to 1e-4. Runs of one kind are equal to the bit.
 """
 
 import json
@@ -16,10 +16,10 @@ STEPS, SAVED, STOP = 8, 3, 5
 LOSS_TOLERANCE = 1e-4
 
 
-def pretrain(project: Path, student: Path, output: Path, *, batch_size: int, precision: str = "fp32") -> list:
-    """Eight steps of a global batch of 8, when ``batch_size`` times the processes is 8."""
-    settings = {"batch_size": batch_size, "tokens": 1024, "save_every": SAVED, "precision": f'"{precision}"'}
-    changes = [f"pretrain.{key}={value}" for key, value in settings.items()]
+def pretrain(project: Path, student: Path, output: Path, *, precision: str = "fp32", **batch: int) -> list:
+    """Eight steps of a global batch of 8."""
+    settings = {"tokens": 1024, "save_every": SAVED, "precision": f'"{precision}"'}
+    changes = [f"pretrain.{key}={value}" for key, value in (settings | batch).items()]
     words = ["pretrain", project, "--source", student, "--output", output]
     return [str(word) for word in (*words, *(part for change in changes for part in ("--set", change)))]
 
@@ -29,13 +29,15 @@ def runs(cli, python, project, student, qwen3, tmp_path_factory) -> SimpleNamesp
     """Every run of this file; those of two processes share one launch."""
     folder = tmp_path_factory.mktemp("world_size")
 
-    def on_one(name: str, *, batch_size: int = 8, stop_at: int | None = None, **settings) -> None:
+    def on_one(name: str, *, stop_at: int | None = None, batch_size: int = 8, **settings) -> None:
         arguments = pretrain(project, student, folder / name, batch_size=batch_size, **settings)
         with stopped_at(stop_at):
             outcome = cli(*arguments)
         assert outcome.status == (STOPPED if stop_at else 0), outcome.err
 
-    def on_two(name: str, *, batch_size: int = 4, stop_at: int | None = None, sharded=False, **settings) -> dict:
+    def on_two(
+        name: str, *, batch_size: int = 4, stop_at: int | None = None, sharded=False, **settings
+    ) -> dict:
         arguments = pretrain(project, student, folder / name, batch_size=batch_size, **settings)
         return {"arguments": arguments, "stop_at": stop_at, "sharded": sharded}
 
@@ -44,11 +46,12 @@ def runs(cli, python, project, student, qwen3, tmp_path_factory) -> SimpleNamesp
     for name in ("one -> two", "one -> sharded"):
         on_one(name, stop_at=STOP)
     assert cli(*command(project, qwen3, folder / "whole", batch_size=8)).status == 0
+    small = {"batch_size": 2, "gradient_accumulation_steps": 2}
     jobs = [
         on_two("one -> two", batch_size=8),
         on_two("two -> one", stop_at=STOP),
         on_two("one -> sharded", batch_size=8, sharded=True),
-        on_two("sharded -> one", stop_at=STOP, sharded=True),
+        on_two("sharded -> one", stop_at=STOP, sharded=True, **small),
         on_two("sharded -> sharded", stop_at=STOP, sharded=True),
         on_two("sharded -> sharded", sharded=True),
         on_two("sharded", sharded=True),
@@ -58,13 +61,13 @@ def runs(cli, python, project, student, qwen3, tmp_path_factory) -> SimpleNamesp
     jobs.append({"arguments": list(map(str, whole_run)), "sharded": True})
     done = python(Path(__file__).with_name("pair.py"), json.dumps(jobs), processes=2)
     assert done.returncode == 0, done.stderr
-    statuses = [status for status, _ in json.loads(done.stdout)]
-    assert statuses == [STOPPED if job.get("stop_at") else 0 for job in jobs], done.stdout
+    found = json.loads(done.stdout)
+    assert found["statuses"] == [STOPPED if job.get("stop_at") else 0 for job in jobs], done.stderr
     shards = folder / "sharded -> one.partial" / "trainer" / f"checkpoint-{SAVED}" / "pytorch_model_fsdp_0"
     assert len(list(shards.glob("*.distcp"))) == 2
-    for name in ("two -> one", "sharded -> one"):
-        on_one(name, batch_size=4)
-    return SimpleNamespace(folder=folder, student=student, qwen3=qwen3)
+    on_one("two -> one", batch_size=4)
+    on_one("sharded -> one", **small)
+    return SimpleNamespace(folder=folder, student=student, qwen3=qwen3, unreduced=found["unreduced"])
 
 
 def assert_same_losses(expected: Path, found: Path, *, rel: float = LOSS_TOLERANCE) -> None:
@@ -73,7 +76,9 @@ def assert_same_losses(expected: Path, found: Path, *, rel: float = LOSS_TOLERAN
     for a, b in zip(left, right, strict=True):
         assert a.keys() == b.keys()
         keys = [key for key in a if key.startswith(("loss", "optim/"))]
-        assert {key: b[key] for key in keys} == pytest.approx({key: a[key] for key in keys}, rel=rel, abs=2e-6)
+        assert {key: b[key] for key in keys} == pytest.approx(
+            {key: a[key] for key in keys}, rel=rel, abs=2e-6
+        )
 
 
 CHANGES = ["one -> two", "two -> one", "one -> sharded", "sharded -> one", "sharded"]
@@ -86,6 +91,11 @@ def test_the_end_is_that_of_one_process(runs, name):
     assert distance(runs.folder / name, runs.folder / "one") < WEIGHT_TOLERANCE * moved
     assert_same_losses(runs.folder / "one", runs.folder / name)
     assert len(log(runs.folder / name)) == STEPS
+
+
+def test_gradients_of_a_sharded_student_are_reduced_after_every_micro_batch(runs):
+    """Kept until the last one they would be whole on every process."""
+    assert runs.unreduced == 0
 
 
 def test_a_sharded_step_that_was_stopped_continues_bit_for_bit(runs):

@@ -57,7 +57,9 @@ def test_what_is_kept_no_longer_grows_with_all_that_the_layers_make(make_student
 
 
 @pytest.mark.parametrize("verb", ["pretrain", "distill"])
-def test_a_training_step_ends_with_the_same_weights_bit_for_bit(cli, project, student, teacher, tmp_path, verb):
+def test_a_training_step_ends_with_the_same_weights_bit_for_bit(
+    cli, project, student, teacher, tmp_path, verb
+):
     source = ["--source", student, *(["--teacher", teacher] if verb == "distill" else [])]
     for name in ("kept", "recomputed"):
         change = ("--set", f"{verb}.gradient_checkpointing={str(name == 'recomputed').lower()}")

@@ -1,5 +1,5 @@
-"""The sample order: permutations that (seed, epoch) decide, with similar lengths batched if asked, and how any number of
-processes shares it.
+"""The sample order: permutations that (seed, epoch) decide, with similar lengths batched if asked, and how any number
+of processes shares it.
 """
 
 import itertools

@@ -6,6 +6,7 @@ the products run in bf16 by autocast, as they do without it: a layer sees what i
 A checkpoint of either kind, one file or shards, loads into a model of either kind on any number of processes.
 """
 
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,7 @@ def load_weights(objective: nn.Module, checkpoint: Path) -> set[str]:
     """Load the student inside ``objective``, sharded or not; returns the names that only one of the two has."""
     if holds_shards(checkpoint):
         state: dict[str, Any] = {"model": get_model_state_dict(objective)}
-        dcp.load(state, checkpoint_id=checkpoint / MODEL_SHARDS)
+        _fill(state, checkpoint / MODEL_SHARDS)
         set_model_state_dict(objective, state["model"])
         return set()
     loaded = {
@@ -94,7 +95,7 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> 
     """Load the optimizer's state; sharded or not, from either kind of checkpoint."""
     if holds_shards(checkpoint):
         state: dict[str, Any] = {"optimizer": get_optimizer_state_dict(model, optimizer)}
-        dcp.load(state, checkpoint_id=checkpoint / OPTIMIZER_SHARDS)
+        _fill(state, checkpoint / OPTIMIZER_SHARDS)
         set_optimizer_state_dict(model, optimizer, state["optimizer"])
         return
     stored = torch.load(checkpoint / "optimizer.pt", map_location="cpu", weights_only=True)
@@ -116,3 +117,11 @@ def load_optimizer(model: nn.Module, optimizer: Optimizer, checkpoint: Path) -> 
         {"state": state, "param_groups": groups},
         options=StateDictOptions(full_state_dict=True),
     )
+
+
+def _fill(state: dict[str, Any], folder: Path) -> None:
+    """Read shards into the tensors of ``state``, whatever lies where."""
+    with warnings.catch_warnings():
+        # One process needs no process group for it, and torch says so at every call.
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(state, checkpoint_id=folder)

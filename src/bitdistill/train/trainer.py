@@ -33,6 +33,7 @@ from .sharding import GATHER_FP32, holds_shards, load_optimizer, load_weights, w
 
 logger = logging.getLogger(__name__)
 
+
 class StudentTrainer(Trainer):
     """Trainer of an objective; what it saves and loads is the student inside."""
 
@@ -67,6 +68,8 @@ class StudentTrainer(Trainer):
         self.add_callback(self.codes)
         if self.is_fsdp_enabled:
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = GATHER_FP32
+            # Gradients that wait for the last micro-batch wait whole, on every process.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
             objective.shard_teacher()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
