@@ -3,8 +3,9 @@
     torchrun --nproc-per-node 2 pair.py '[{"arguments": ["pretrain", ...], "sharded": true, "stop_at": 4}]'
 
 accelerate offers FSDP2 to accelerators only; a sharded command tells it that processes on CPUs are some. What follows
-is accelerate's and Trainer's own way: its plugin, its wrapping, its checkpoints. ``stop_at`` ends the training after that
-step was logged. The main process prints JSON: the status of each, and how often FSDP2 was told to keep gradients whole.
+is accelerate's and Trainer's own way: its plugin, its wrapping, its checkpoints. ``stop_at`` ends the training after
+that step was logged. The main process prints JSON: the status of each command, and how often FSDP2 was told to keep
+gradients whole.
 """
 
 import contextlib

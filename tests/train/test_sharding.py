@@ -1,7 +1,7 @@
 """A student that FSDP2 shards over two processes (gloo, CPU), against the whole one.
 
-Ternary weights must be equal to the bit; losses agree to 1e-6 in fp32, where only the order of a gradient's sum differs,
-and to 1e-2 in bf16, where a rounded activation may take a trit over its threshold later on.
+Ternary weights must be equal to the bit; losses agree to 1e-6 in fp32, where only the order of a gradient's sum
+differs, and to 1e-2 in bf16, where a rounded activation may take a trit over its threshold later on.
 """
 
 import json
