@@ -68,7 +68,16 @@ def root(
         format="%(message)s",
         handlers=[RichHandler(console=stderr, show_path=debug, show_level=debug, show_time=True)],
     )
-    for noisy in ("httpx", "urllib3", "filelock", "matplotlib", "fontTools", "asyncio", "fsspec"):
+    for noisy in (
+        "accelerate",
+        "httpx",
+        "urllib3",
+        "filelock",
+        "matplotlib",
+        "fontTools",
+        "asyncio",
+        "fsspec",
+    ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 

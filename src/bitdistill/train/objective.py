@@ -24,6 +24,7 @@ from .losses import (
     relation_kd,
     shifted_labels,
 )
+from .sharding import shard_frozen
 from .taps import States, attention_layers, capture, matched_layers
 
 
@@ -36,6 +37,20 @@ class LanguageModelling(nn.Module):
     def __init__(self, student: PreTrainedModel) -> None:
         super().__init__()
         self.student = student
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The decoder layers, by class name, where accelerate looks for what FSDP2 is to shard one by one."""
+        return list(self.student._no_split_modules)
+
+    def recompute_layers(self) -> None:
+        """Compute each layer of the student again in the backward pass instead of keeping what it made."""
+        # transformers is renaming it.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(self.student, name) for name in names if hasattr(self.student, name))()
+
+    def shard_teacher(self) -> None:
+        """Shard what runs beside the student over the processes, as FSDP2 shards the student."""
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Totals of one micro-batch, int64 ``[len(count_names)]``."""
@@ -100,6 +115,12 @@ class Distillation(LanguageModelling):
         """The full-precision teacher."""
         return self._teacher[0]
 
+    def shard_teacher(self) -> None:
+        """Give each process a part of the teacher's decoder; the head, read in blocks, stays whole."""
+        names = self.teacher._no_split_modules
+        layers = [module for module in self.teacher.modules() if type(module).__name__ in names]
+        shard_frozen(self.teacher, layers)
+
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Labelled tokens, tokens of the logits KD, rows of the relation KD; int64 ``[3]``."""
         kd_tokens = self._kd_mask(batch["labels"], batch["attention_mask"]).sum()
@@ -117,7 +138,9 @@ class Distillation(LanguageModelling):
         """The weighted sum and its parts, raw and weighted."""
         config = self.distill
         labels, attention_mask = batch["labels"], batch["attention_mask"]
-        teacher = self.teacher.to(labels.device)
+        teacher = self.teacher
+        if teacher.device != labels.device:
+            teacher.to(labels.device)
         hidden_s, states_s = self._run(self.student, batch, 0)
         with torch.no_grad():
             hidden_t, states_t = self._run(teacher, batch, 1)

@@ -13,7 +13,7 @@ from .loading import load_model, load_tokenizer
 from .objective import Distillation
 from .sft import step_title, task_settings, train_on_task
 from .step import run_step
-from .trainer import training_settings
+from .trainer import processes_to_keep, training_settings
 
 
 def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
@@ -28,10 +28,11 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
             "distill.teacher is empty: name the fine-tuned full-precision teacher (bitdistill sft makes one)"
         )
     task = load_task(recipe.task)
+    processes = processes_to_keep(recipe, output_dir)
     settings = {
         "stage": "stage3_distill",
         "seed": recipe.seed,
-        "training": training_settings(config)
+        "training": training_settings(config, processes)
         | {"teacher": checkpoint_digest(config.teacher, config.teacher_revision)},
         "task": task_settings(recipe),
         "task_digest": task.digest,
@@ -44,7 +45,9 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         student = load_model(source, recipe.revision_of(source))
         teacher = load_model(config.teacher, config.teacher_revision)
         objective = Distillation(student, teacher, config)
-        return train_on_task(recipe, config, task, objective, tokenizer, folder, step_title(output_dir))
+        return train_on_task(
+            recipe, config, task, objective, tokenizer, folder, step_title(output_dir), processes
+        )
 
     return run_step(output_dir, settings, work)
 
