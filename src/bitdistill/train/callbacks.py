@@ -73,7 +73,7 @@ class CodeStatistics(TrainerCallback):
 
 
 class EpochOrder(TrainerCallback):
-    """Tell the sample order which epoch begins.
+    """Tell the sample order, or a data set that changes with the epoch, which one begins.
 
     The data loader does so too, but not through the wrappers it has after a resume on several processes.
     """

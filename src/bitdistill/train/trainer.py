@@ -25,7 +25,7 @@ from ..errors import CheckpointError, TrainingError
 from ..processes import num_processes
 from ..recipe import to_dict
 from .callbacks import CodeStatistics, EpochOrder, MetricsFile, ProgressBar, StepSchedules
-from .objective import LanguageModelling, autocast_dtype
+from .objective import Objective, autocast_dtype
 from .schedule import learning_rate_factor
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class StudentTrainer(Trainer):
     def __init__(
         self,
         *,
-        objective: LanguageModelling,
+        objective: Objective,
         config: TrainingConfig,
         args: TrainingArguments,
         train_dataset: Dataset,
@@ -193,7 +193,7 @@ class StudentTrainer(Trainer):
 
 
 def fit(
-    objective: LanguageModelling,
+    objective: Objective,
     dataset: Dataset,
     collate: Any,
     config: TrainingConfig,
@@ -208,7 +208,8 @@ def fit(
     """Train an objective's student in place for ``steps`` optimizer steps, resuming what ``work_dir`` holds.
 
     Args:
-        dataset: items that ``collate`` turns into the objective's keyword arguments.
+        dataset: items that ``collate`` turns into the objective's keyword arguments. One with ``set_epoch`` is told which
+            epoch begins.
         work_dir: receives ``metrics.jsonl`` and, until the step is finished, ``trainer/``.
         lengths: tokens of each item, to batch similar lengths together.
 
@@ -261,6 +262,8 @@ def fit(
         lengths=lengths,
     )
     trainer.remove_callback(PrinterCallback)
+    if hasattr(dataset, "set_epoch"):
+        trainer.add_callback(EpochOrder(dataset))
     metrics_file = MetricsFile(work_dir / "metrics.jsonl")
     trainer.add_callback(StepSchedules(config))
     trainer.add_callback(metrics_file)
