@@ -3,7 +3,8 @@
 Classification by label log-likelihood: the score of a label is the sum of the log-probabilities of its tokens after
 the prompt, with no length normalisation, and the highest score wins (the first on a tie). Classification by
 generation: the model writes greedily as many tokens as the longest label has, and its answer is the label that the
-text begins with (the longest such label; none is a wrong answer). An encoder's classifier answers with its highest logit.
+text begins with (the longest such label; none is a wrong answer). An encoder's classifier answers with its highest
+logit.
 """
 
 import math

@@ -297,8 +297,8 @@ def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
     config = load_config(source, recipe.revision_of(source))
     if is_encoder(config):
         raise ConfigError(
-            f"--perplexity: {source} is an encoder ({config.model_type}), whose tokens see those behind them, so a text "
-            "has no probability; leave the option out to judge it on the task"
+            f"--perplexity: {source} is an encoder ({config.model_type}), whose tokens see those behind them, so a "
+            "text has no probability; leave the option out to judge it on the task"
         )
     tokenizer = load_tokenizer(source, recipe.revision_of(source))
     model = load_model(source, recipe.revision_of(source))

@@ -124,7 +124,12 @@ class TaskConfig:
         )
         check(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "use at least 1")
         check(len(self.labels) != 1, "task.labels", self.labels, "give two labels or more, or none at all")
-        check(len(self.columns) <= 2, "task.columns", self.columns, "give one column, or two for a pair of texts")
+        check(
+            len(self.columns) <= 2,
+            "task.columns",
+            self.columns,
+            "give one column, or two for a pair of texts",
+        )
         check(
             not (self.columns and self.template),
             "task.columns",

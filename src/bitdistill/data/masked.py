@@ -3,8 +3,8 @@
 A sequence is ``[CLS] run [SEP]``, all of one segment, where the run is what comes next in the shards. Documents there
 are separated by ``[SEP]``, and a run may cross from one into the next.
 
-Masking is BERT's (arXiv 1810.04805, section 3.1): 15 % of the tokens are to be predicted, of which 80 % become ``[MASK]``,
-10 % any token of the vocabulary and 10 % stay. Special tokens are never among them.
+Masking is BERT's (arXiv 1810.04805, section 3.1): 15 % of the tokens are to be predicted, of which 80 % become
+``[MASK]``, 10 % any token of the vocabulary and 10 % stay. Special tokens are never among them.
 """
 
 from pathlib import Path

@@ -3,8 +3,8 @@
     one column     [CLS] text [SEP]                 token types 0
     two columns    [CLS] first [SEP] second [SEP]   token types 0, and 1 from the second text on
 
-These are the columns as they stand, without a prompt, as BERT is fine-tuned everywhere. What is too long loses its end, of
-a pair always the longer text.
+These are the columns as they stand, without a prompt, as BERT is fine-tuned everywhere. What is too long loses its
+end, of a pair always the longer text.
 """
 
 from collections.abc import Sequence

@@ -117,7 +117,8 @@ STUDENT_CLASSES: dict[str, tuple[Any, ...]] = {f.model_type: _student_classes(f)
 
 def student_class(family: Family, name: str) -> Any:
     """The student of the family's class ``name``; None where it has no such class."""
-    return dict(zip(family.model_classes.values(), STUDENT_CLASSES[family.model_type][1:], strict=True)).get(name)
+    classes = zip(family.model_classes.values(), STUDENT_CLASSES[family.model_type][1:], strict=True)
+    return dict(classes).get(name)
 
 
 def register_students() -> None:

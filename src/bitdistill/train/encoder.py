@@ -1,8 +1,8 @@
 """Encoders in the stages: their classifiers, and the settings that a kind of model follows.
 
-A classifier is the encoder with Hugging Face's head, in full precision. Where a checkpoint's classes are the task's, its head
-is kept. Otherwise the classifier is drawn from the seed, and so is the pooler where the checkpoint has none; the draw does
-not depend on the encoder, so every method of a run starts with the same one.
+A classifier is the encoder with Hugging Face's head, a pooler and a linear, in full precision. Where a checkpoint's
+classes are the task's, its head is kept. Otherwise the linear is drawn from the seed, and so is the pooler where the
+checkpoint has none; the draw does not depend on the encoder, so every method of a run starts with the same head.
 """
 
 from pathlib import Path
@@ -31,20 +31,24 @@ def load_classifier(source: str | Path, revision: str | None, task: Task, seed: 
         AutoModelForSequenceClassification,
         source,
         revision,
+        problem_type="single_label_classification",
         num_labels=len(names),
         id2label=names,
         label2id={name: index for index, name in names.items()},
     )
     encoder = f"{model.base_model_prefix}."
-    pooler = f"{encoder}pooler."
-    missing = {name for name in report["missing_keys"] if name.startswith(pooler)}
-    _draw(model, [n for n, _ in model.named_parameters() if n in missing or not n.startswith(encoder)], seed)
-    found = {
-        "mismatched_keys": [item for item in report["mismatched_keys"] if item[0].startswith(encoder)],
-        "missing_keys": [k for k in report["missing_keys"] if k.startswith(encoder) and k not in missing],
-        "unexpected_keys": [k for k in report["unexpected_keys"] if k.startswith(encoder)],
-    }
-    check_tensors(source, model, found)
+    linear = sorted(name for name, _ in model.named_parameters() if not name.startswith(encoder))
+    pooler = sorted(name for name in report["missing_keys"] if name.startswith(f"{encoder}pooler."))
+    _draw(model, [*linear, *pooler], seed)
+    check_tensors(
+        source,
+        model,
+        {
+            "mismatched_keys": [k for k in report["mismatched_keys"] if k[0].startswith(encoder)],
+            "missing_keys": [k for k in report["missing_keys"] if k.startswith(encoder) and k not in pooler],
+            "unexpected_keys": [k for k in report["unexpected_keys"] if k.startswith(encoder)],
+        },
+    )
     vars(model.config).pop("auto_map", None)  # a masked LM's would be saved with the classifier's
     return model
 
@@ -53,7 +57,7 @@ def load_classifier(source: str | Path, revision: str | None, task: Task, seed: 
 def _draw(model: PreTrainedModel, names: list[str], seed: int) -> None:
     """Draw matrices as the family does, and zero biases."""
     generator = torch.Generator().manual_seed(seed)
-    for name in sorted(names):
+    for name in names:
         parameter = model.get_parameter(name)
         if parameter.dim() > 1:
             parameter.normal_(std=model.config.initializer_range, generator=generator)
@@ -83,8 +87,8 @@ def check_finished_classifier(source: str | Path, config: PretrainedConfig, task
     # Other names may be the same classes: many checkpoints say LABEL_0. The same names must be in the same order.
     if len(found) != len(wanted) or (found != wanted and sorted(found) == sorted(wanted)):
         raise CheckpointError(
-            f"{source}: its classes are {', '.join(found)} and the task's are {', '.join(wanted)}, in that order; use a "
-            "model fine-tuned on this task, or order task.labels as it does"
+            f"{source}: its classes are {', '.join(found)} and the task's are {', '.join(wanted)}, in that order; use "
+            "a model fine-tuned on this task, or order task.labels as it does"
         )
 
 

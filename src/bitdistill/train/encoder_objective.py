@@ -66,7 +66,7 @@ class Classification(Objective):
 class ClassDistillation(Distillation):
     """Stage 3 of an encoder: the labels, the teacher's distribution over the classes, its attention relations."""
 
-    count_names = ("labels", "relation_rows")
+    count_names: tuple[str, ...] = ("labels", "relation_rows")
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Examples, and rows of the relation KD; int64 ``[2]``."""

@@ -91,7 +91,8 @@ def check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str, 
             "belong to different models. Fetch or make the checkpoint again"
         )
     missing = sorted(report["missing_keys"])
-    if missing and is_encoder(model.config) and not any(model.base_model_prefix in name for name in missing):
+    encoder = f"{model.base_model_prefix}."
+    if missing and is_encoder(model.config) and not any(name.startswith(encoder) for name in missing):
         raise CheckpointError(
             f"{source}: the checkpoint holds an encoder alone, without the head of {type(model).__name__} "
             f"({missing[0]}); use one that was saved with its masked-LM head"
@@ -242,7 +243,9 @@ def _check_frame(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> None
     ids = tokenizer("a")["input_ids"]
     if missing or [ids[0], ids[-1]] != [tokenizer.cls_token_id, tokenizer.sep_token_id]:
         what = f"has no {', '.join(missing)}" if missing else "does not put [CLS] and [SEP] around a text"
-        raise CheckpointError(f"{source}: the tokenizer {what}, which an encoder needs; fetch the model's own")
+        raise CheckpointError(
+            f"{source}: the tokenizer {what}, which an encoder needs; fetch the model's own"
+        )
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -90,7 +90,7 @@ class Distillation(LanguageModelling):
     The teacher runs without gradients and is no part of this module's parameters or checkpoints.
     """
 
-    count_names = ("labels", "kd_tokens", "relation_rows")
+    count_names: tuple[str, ...] = ("labels", "kd_tokens", "relation_rows")
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: DistillConfig) -> None:
         super().__init__(student)

@@ -52,7 +52,9 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         if corpus_digest:
             check_positions(model.config, "corpus.sequence_length", recipe.corpus.sequence_length)
         framed = is_encoder(model.config)
-        calibration = _calibration_batches(recipe, tokenizer, corpus_digest, framed) if corpus_digest else None
+        calibration = (
+            _calibration_batches(recipe, tokenizer, corpus_digest, framed) if corpus_digest else None
+        )
         student, report = refine(model, spec, calibration)
         if is_main_process():
             (folder / "surgery.txt").write_text(f"{report}\n", encoding="utf-8")

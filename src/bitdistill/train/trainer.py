@@ -208,8 +208,8 @@ def fit(
     """Train an objective's student in place for ``steps`` optimizer steps, resuming what ``work_dir`` holds.
 
     Args:
-        dataset: items that ``collate`` turns into the objective's keyword arguments. One with ``set_epoch`` is told which
-            epoch begins.
+        dataset: items that ``collate`` turns into the objective's keyword arguments; told which epoch begins if it has
+            ``set_epoch``.
         work_dir: receives ``metrics.jsonl`` and, until the step is finished, ``trainer/``.
         lengths: tokens of each item, to batch similar lengths together.
 
