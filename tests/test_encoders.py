@@ -235,16 +235,18 @@ def test_a_masked_lm_is_not_evaluated_on_the_task(cli, run, encoder_project):
 
 def test_an_encoder_scores_no_text(run):
     """Neither in lm-eval nor for answers by generation."""
-    with pytest.raises(CheckpointError, match="bit_bert is an encoder.*bitdistill eval for a classifier"):
+    with pytest.raises(CheckpointError, match=r"bit_bert is an encoder.*bitdistill eval for a classifier"):
         TorchScorer(load_model(run / "bitdistill"), load_tokenizer(run / "bitdistill"))
 
 
-def test_stage_2_of_a_classifier_is_refused(cli, run, encoder_project, tmp_path):
-    outcome = cli(
-        "pretrain", encoder_project, "--source", run / "fp16_sft", "--output", tmp_path / "new",
-        "--set", f"output_dir={tmp_path}",
-    )  # fmt: skip
-    refused(outcome, "BertForSequenceClassification has no masked-LM head")
+@pytest.mark.parametrize("verb", ["pretrain", "run"])
+def test_stage_2_of_a_classifier_is_refused(cli, run, encoder_project, tmp_path, verb):
+    """By a run before it trains anything."""
+    source, output = run / "fp16_sft", tmp_path / "runs"
+    options = ("--source", source, "--output", tmp_path / "new") if verb == "pretrain" else ()
+    outcome = cli(verb, encoder_project, *options, *sets(settings(source, output)))
+    refused(outcome, source, "a classifier has no masked-LM head", "leave stage 2 out")
+    assert not output.exists()
 
 
 def test_a_teacher_that_is_a_decoder_is_refused_before_anything_is_trained(

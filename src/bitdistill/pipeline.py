@@ -38,7 +38,12 @@ from .metrics import Evaluation, check_installed, judge_summaries, scores_as_dic
 from .processes import is_main_process, on_main_process
 from .recipe import to_dict
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
-from .train.encoder import check_finished_classifier, check_recipe, load_finished_classifier
+from .train.encoder import (
+    check_finished_classifier,
+    check_recipe,
+    check_stage_2,
+    load_finished_classifier,
+)
 from .train.loading import check_family, is_encoder, load_config, load_model, load_tokenizer
 from .train.size import model_size
 
@@ -140,6 +145,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
         check_family(source, recipe.revision_of(source))  # before hours of training that could not be used
     config = load_config(source, recipe.revision_of(source))
     check_recipe(recipe, config, distill=distills)
+    if any(step is stage2_pretrain.run for m in methods for _, step, _ in m.preparation(recipe)):
+        check_stage_2(recipe, source, config)
     if teacher is not None and distills and is_encoder(config):
         check_finished_classifier(teacher, teacher_config, task)
     if teacher is None and distills:

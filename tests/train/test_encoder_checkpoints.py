@@ -117,7 +117,7 @@ def test_a_teacher_of_other_classes_is_refused(bert, llama, saved):
             CheckpointError, match=f"its classes are {', '.join(names)} and the task's are bad, good"
         ):
             load_finished_classifier(folder, None, TASK)
-    with pytest.raises(CheckpointError, match="an encoder without a classification head.*bitdistill sft"):
+    with pytest.raises(CheckpointError, match=r"an encoder without a classification head.*bitdistill sft"):
         load_finished_classifier(bert, None, TASK)
     with pytest.raises(CheckpointError, match="llama here is a decoder"):
         load_finished_classifier(llama, None, TASK)

@@ -129,6 +129,21 @@ def check_recipe(recipe: Recipe, config: PretrainedConfig, *, distill: bool) -> 
         check(values.relation_mask != "causal", "distill.relation_mask", values.relation_mask, remedy)
 
 
+def check_stage_2(recipe: Recipe, source: str | Path, config: PretrainedConfig) -> None:
+    """Refuse an encoder that masked language modelling cannot train.
+
+    Raises:
+        CheckpointError: it is a classifier.
+        ConfigError: its table of positions is shorter than the sequences.
+    """
+    if is_encoder(config) and is_classifier(config):
+        raise CheckpointError(
+            f"{source}: a classifier has no masked-LM head, which stage 2 trains; start from the checkpoint it was "
+            "fine-tuned from, or leave stage 2 out"
+        )
+    check_positions(config, "corpus.sequence_length", recipe.corpus.sequence_length)
+
+
 def check_positions(config: PretrainedConfig, key: str, tokens: int) -> None:
     """Refuse sequences that are longer than an encoder's table of positions."""
     if is_encoder(config):

@@ -13,7 +13,7 @@ from ..data.corpus import PackedSequences, Part, build_shards, collate_packed, s
 from ..data.masked import MaskedSequences
 from ..processes import num_processes
 from ..recipe import to_dict
-from .encoder import check_positions
+from .encoder import check_stage_2
 from .encoder_objective import MaskedLanguageModelling
 from .loading import is_encoder, load_config, load_model, load_tokenizer, save_model
 from .objective import LanguageModelling, Objective
@@ -48,7 +48,7 @@ def train_on_corpus(
 
     def work(folder: Path) -> dict:
         length = recipe.corpus.sequence_length
-        check_positions(load_config(source, recipe.revision_of(source)), "corpus.sequence_length", length)
+        check_stage_2(recipe, source, load_config(source, recipe.revision_of(source)))
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         model = load_model(source, recipe.revision_of(source))
         codes = ternary_codes(model)
