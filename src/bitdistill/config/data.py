@@ -94,8 +94,8 @@ class TaskConfig:
     eval_file: str = "eval.jsonl"
     """JSONL evaluation file inside ``data_dir``; used once, for the final table."""
     max_length: int = 512
-    """Tokens per example, prompt and answer together; longer prompts lose their beginning (a document its end, and so do
-    the columns of an encoder)."""
+    """Tokens per example, prompt and answer together; longer prompts lose their beginning (a document its end, and what
+    an encoder reads too)."""
     max_train_examples: int = 0
     """Random subset of the training data, the same for every method; 0 keeps all."""
     validation_share: float = 0.1
