@@ -3,6 +3,8 @@
     LanguageModelling   CE                                             stage 2, every plain fine-tune
     Distillation        CE + lambda * logits KD + gamma * relation KD    stage 3 (eq. 13)
 
+An encoder's are in ``encoder_objective.py``.
+
 The losses need hidden states and the output head, so they are computed inside this forward: the hooks
 of DDP and FSDP around it then see every parameter that is used.
 """
@@ -28,8 +30,8 @@ from .sharding import shard_frozen
 from .taps import States, attention_layers, capture, matched_layers
 
 
-class LanguageModelling(nn.Module):
-    """Next-token cross-entropy over the labelled tokens: stage 2 and every plain fine-tune."""
+class Objective(nn.Module):
+    """A student and the loss of its training step."""
 
     count_names: tuple[str, ...] = ("labels",)
     """What a batch is counted in; losses are sums divided by these totals over an optimizer step."""
@@ -54,7 +56,7 @@ class LanguageModelling(nn.Module):
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Totals of one micro-batch, int64 ``[len(count_names)]``."""
-        return (shifted_labels(batch["labels"]) != IGNORE_INDEX).sum().reshape(1)
+        raise NotImplementedError
 
     def forward(self, totals: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         """Loss of one micro-batch.
@@ -69,6 +71,18 @@ class LanguageModelling(nn.Module):
         """
         loss, parts = self.losses(batch, totals)
         return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
+
+    def losses(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts."""
+        raise NotImplementedError
+
+
+class LanguageModelling(Objective):
+    """Next-token cross-entropy over the labelled tokens: stage 2 and every plain fine-tune."""
+
+    def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Labelled tokens, int64 ``[1]``."""
+        return (shifted_labels(batch["labels"]) != IGNORE_INDEX).sum().reshape(1)
 
     def losses(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts."""
@@ -91,7 +105,7 @@ class Distillation(LanguageModelling):
     The teacher runs without gradients and is no part of this module's parameters or checkpoints.
     """
 
-    count_names = ("labels", "kd_tokens", "relation_rows")
+    count_names: tuple[str, ...] = ("labels", "kd_tokens", "relation_rows")
 
     def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: DistillConfig) -> None:
         super().__init__(student)

@@ -9,7 +9,9 @@ from ..checkpoint import checkpoint_digest
 from ..config import Recipe
 from ..data.tasks import load_task
 from ..errors import ConfigError, TrainingError
-from .loading import load_model, load_tokenizer
+from .encoder import check_recipe, load_classifier, load_finished_classifier
+from .encoder_objective import ClassDistillation
+from .loading import is_encoder, load_config, load_model, load_tokenizer
 from .objective import Distillation
 from .sft import step_title, task_settings, train_on_task
 from .step import run_step
@@ -40,11 +42,18 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     }
 
     def work(folder: Path) -> dict[str, Any]:
+        model_config = load_config(source, recipe.revision_of(source))
+        check_recipe(recipe, model_config, distill=True)
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         _check_same_tokenizer(tokenizer, load_tokenizer(config.teacher, config.teacher_revision))
-        student = load_model(source, recipe.revision_of(source))
-        teacher = load_model(config.teacher, config.teacher_revision)
-        objective = Distillation(student, teacher, config)
+        if is_encoder(model_config):
+            student = load_classifier(source, recipe.revision_of(source), task, recipe.seed)
+            teacher = load_finished_classifier(config.teacher, config.teacher_revision, task)
+            objective: Distillation = ClassDistillation(student, teacher, config)
+        else:
+            student = load_model(source, recipe.revision_of(source))
+            teacher = load_model(config.teacher, config.teacher_revision)
+            objective = Distillation(student, teacher, config)
         return train_on_task(
             recipe, config, task, objective, tokenizer, folder, step_title(output_dir), processes
         )
