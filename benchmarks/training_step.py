@@ -4,7 +4,7 @@
     python benchmarks/training_step.py --shape qwen3-0.6b --device cuda --compile --output step_gpu.json
 
 A step is what stage 2 does: forward and backward pass of the language-modelling objective, clipping and fused AdamW,
-latents in fp32, products in the precision of autocast. ``ternary`` has SubLN norms, ternary weights and INT8 activations.
+latents in fp32, products in the precision of autocast. ``ternary`` has SubLN norms, ternary weights, INT8 activations.
 """
 
 import argparse

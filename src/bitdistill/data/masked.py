@@ -35,8 +35,8 @@ class FramedSequences(Dataset):
 class MaskedSequences(FramedSequences):
     """``{"input_ids": int64 [T], "labels": int64 [T]}``; labels are IGNORE_INDEX but for what is to be predicted.
 
-    Every epoch masks anew: item ``epoch * len + index`` is the sequence ``index`` with the masks of that epoch. They are
-    a function of (seed, epoch, index), so a resumed run sees the same, and so does any number of processes.
+    Every epoch masks anew: item ``epoch * len + index`` is the sequence ``index`` with the masks of that epoch. They
+    are a function of (seed, epoch, index), so a resumed run sees the same, and so does any number of processes.
     """
 
     def __init__(
