@@ -242,10 +242,10 @@ DenseMatrix head_matrix(const AnyArray& weight, const std::optional<AnyArray>& s
   if (weight.dtype() == nb::dtype<uint8_t>()) {
     head.form = Form::int4;
     require(weight.ndim() == 3 && weight.shape(1) == head.groups() && weight.shape(2) == kInt4Rows * kInt4Group / 2,
-            "int4 weights must be [V / 16, D / 64, 512]");
+            "int4 weights must be [V / 32, D / 64, 1024]");
     require(scale && scale->dtype() == nb::dtype<uint16_t>() && scale->ndim() == 3 &&
                 scale->shape(0) == weight.shape(0) && scale->shape(1) == head.groups() && scale->shape(2) == kInt4Rows,
-            "int4 weights come with bf16 scales (uint16) [V / 16, D / 64, 16]");
+            "int4 weights come with bf16 scales (uint16) [V / 32, D / 64, 32]");
     head.rows *= kInt4Rows;
     head.group_scale = static_cast<const uint8_t*>(scale->data());
     return head;

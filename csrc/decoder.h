@@ -42,7 +42,9 @@ struct SplitCodes {
   SplitCodes(const float* x, size_t n, size_t padded);
   std::vector<int8_t> high, low;  // zero beyond n
   float high_scale, low_scale;
-  std::vector<int32_t> offset;  // what int4 weights, stored with 8 added, take off again: by group
+  std::vector<int32_t> offset;
+
+  SplitState view() const { return {high.data(), low.data(), offset.data()}; }
 };
 // States [tokens][hidden_size] as a head takes them: split where it is int8 or int4.
 struct HeadInput {

@@ -24,7 +24,7 @@ void table_row(const KernelTable& room, const DenseMatrix& table, size_t row, fl
     const uint8_t* bytes = table.data + at * kInt4Rows * kInt4Group / 2 + 4 * lane;
     const size_t count = std::min(kInt4Group, table.columns - g * kInt4Group);
     for (size_t i = 0; i < count; ++i) {
-      const int nibble = bytes[i / 8 * 64 + i % 4] >> i / 4 % 2 * 4 & 15;
+      const int nibble = bytes[i / 8 * 4 * kInt4Rows + i % 4] >> i / 4 % 2 * 4 & 15;
       out[g * kInt4Group + i] = static_cast<float>(nibble - 8) * scale;
     }
   }
@@ -64,22 +64,29 @@ void head_rows(const KernelTable& room, const DenseMatrix& head, const HeadInput
                input.x, head.columns, input.tokens, logits + rows.begin, head.rows);
     return;
   }
-  constexpr size_t kRows = 64;
+  constexpr size_t kRows = 64, kTokens = 4;
   static_assert(kRows % kInt4Rows == 0);
   for (size_t row = rows.begin; row < rows.end; row += kRows) {
     const size_t count = std::min(kRows, rows.end - row);
     const uint8_t* weights = head.data + row * head.row_bytes();
+    if (head.form == Form::int4) {
+      const auto* scale = reinterpret_cast<const uint16_t*>(head.group_scale + row * head.scale_bytes());
+      for (size_t first = 0; first < input.tokens; first += kTokens) {
+        const size_t tokens = std::min(kTokens, input.tokens - first);
+        SplitState states[kTokens];
+        for (size_t t = 0; t < tokens; ++t) states[t] = input.split[first + t].view();
+        float dots[kTokens * kRows];
+        room.dot_i4(weights, scale, ceil_div(count, kInt4Rows), head.groups(), states, tokens, dots, kRows);
+        for (size_t t = 0; t < tokens; ++t) {
+          float* out = logits + (first + t) * head.rows + row;
+          for (size_t r = 0; r < count; ++r) out[r] = dots[t * kRows + r] * input.split[first + t].low_scale;
+        }
+      }
+      continue;
+    }
     for (size_t t = 0; t < input.tokens; ++t) {
       const SplitCodes& split = input.split[t];
       float* out = logits + t * head.rows + row;
-      if (head.form == Form::int4) {
-        const auto* scale = reinterpret_cast<const uint16_t*>(head.group_scale + row * head.scale_bytes());
-        float dots[kRows];
-        room.dot_i4(weights, scale, ceil_div(count, kInt4Rows), head.groups(), split.high.data(), split.low.data(),
-                    split.offset.data(), dots);
-        for (size_t r = 0; r < count; ++r) out[r] = dots[r] * split.low_scale;
-        continue;
-      }
       int32_t high[kRows], low[kRows];
       room.dot_i8(reinterpret_cast<const int8_t*>(weights), count, head.columns, split.high.data(), split.low.data(),
                   high, low);

@@ -22,7 +22,7 @@ constexpr size_t kMaxFeatures = 1u << 18;  // K: keeps every int32 accumulator b
 constexpr size_t kKeyBlock = 16;           // keys of a block of the key cache
 constexpr size_t kMaxTile = 12;            // tokens of a gemm tile
 constexpr size_t kAttendRows = 16;         // query rows of one call of attend
-constexpr size_t kInt4Rows = 16;           // rows of a block of an int4 table
+constexpr size_t kInt4Rows = 32;           // rows of a block of an int4 table
 constexpr size_t kInt4Group = 64;          // features of an int4 row that share a scale
 
 // CPU features a room may require.
@@ -76,6 +76,14 @@ struct Attend {
 };
 constexpr size_t kScoreKeys = 256;  // keys whose scores are held at a time
 
+// A token's state as two int8 codes, x ~= (254 high + low) * scale, in whole groups of kInt4Group. Codes are within
+// 127: then a group's 254 H + L is a whole number that a float holds.
+struct SplitState {
+  const int8_t* high;
+  const int8_t* low;
+  const int32_t* offset;  // of group g: -8 (254 sum high + sum low), for weights that are stored with 8 added
+};
+
 struct KernelTable {
   const char* name;
   uint32_t features;  // Feature bits without which the room must not run
@@ -123,11 +131,10 @@ struct KernelTable {
   void (*dot_i8)(const int8_t* weights, size_t rows, size_t k, const int8_t* high, const int8_t* low, int32_t* high_dot,
                  int32_t* low_dot);
 
-  // out[16 b + r] = sum over groups g of scale[b][g][r] * (254 H + L), H and L the exact dot products of row r's int4
-  // weights (nibble - 8) with high and low. A block is groups * 512 bytes, scales are bf16; offset[g] = -8 (254 sum
-  // high + sum low). Codes within 127: then 254 H + L is a whole number that a float holds.
-  void (*dot_i4)(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const int8_t* high,
-                 const int8_t* low, const int32_t* offset, float* out);
+  // out[t * out_stride + 32 b + r] = sum over groups g of scale[b][g][r] * (254 H + L), H and L the exact dot products
+  // of row r's int4 weights (nibble - 8) with high and low of token t. A block is groups * 1024 bytes, scales are bf16.
+  void (*dot_i4)(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const SplitState* states,
+                 size_t tokens, float* out, size_t out_stride);
 
   // 64 multiply-adds per accumulator and step of the widest int8 dot product, on registers; returns multiply-adds done.
   uint64_t (*probe_int8)(uint64_t steps);

@@ -39,7 +39,7 @@ struct DenseMatrix {
   Form form = Form::f32;
   const uint8_t* data = nullptr;
   const float* scale = nullptr;          // int8: [rows]
-  const uint8_t* group_scale = nullptr;  // int4: bf16 [blocks][groups][16], wherever the file has it
+  const uint8_t* group_scale = nullptr;  // int4: bf16 [blocks][groups][32], wherever the file has it
 
   size_t groups() const { return ceil_div(columns, kInt4Group); }
   size_t row_bytes() const {  // int4: an average, rows of a block are interleaved

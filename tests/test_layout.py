@@ -92,7 +92,7 @@ def test_int4_codes_come_back_and_lie_where_the_page_says(rows: int, columns: in
     np.testing.assert_array_equal(layout.unpack_int4(packed, rows, columns), code)
     for row in range(rows):
         for k in (0, columns // 2, columns - 1):
-            byte = int(packed[row // 16, k // 64, k % 64 // 8 * 64 + row % 16 * 4 + k % 4])
+            byte = int(packed[row // 32, k // 64, k % 64 // 8 * 128 + row % 32 * 4 + k % 4])
             assert (byte >> 4 if k % 8 >= 4 else byte & 15) == code[row, k] + 8
 
 

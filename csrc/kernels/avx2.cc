@@ -213,38 +213,46 @@ inline __m256i four_i4(__m256i nibbles, const int8_t* codes) {
 }
 static_assert(8 * 2 * 15 * 127 <= 32767, "an int16 lane adds eight pairs of products before it is widened");
 
-void dot_i4(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const int8_t* high,
-            const int8_t* low, const int32_t* offset, float* out) {
+void dot_i4_block(const uint8_t* weights, const uint16_t* scale, size_t groups, const SplitState& x, float* out) {
   const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), factor = _mm256_set1_epi16(254);
-  constexpr size_t kHalves = kInt4Rows / Avx2::kWidth;
-  for (size_t b = 0; b < blocks; ++b, out += kInt4Rows) {
-    __m256 acc[kHalves] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
-    for (size_t g = 0; g < groups; ++g, weights += 512, scale += kInt4Rows) {
-      __m256i sum[kHalves] = {_mm256_set1_epi32(offset[g]), _mm256_set1_epi32(offset[g])};
-      for (size_t i = 0; i < kInt4Group; i += 32) {  // as many as an int16 lane can add up
-        __m256i h[kHalves] = {}, l[kHalves] = {};
-        for (size_t j = i; j < i + 32; j += 8) {
-          const int8_t* x = high + g * kInt4Group + j;
-          const int8_t* y = low + g * kInt4Group + j;
-          for (size_t half = 0; half < kHalves; ++half) {
-            const __m256i bytes = load(weights + j * 8 + half * 32);
-            const __m256i first = _mm256_and_si256(bytes, nibble);
-            const __m256i second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
-            h[half] = _mm256_add_epi16(h[half], _mm256_add_epi16(four_i4(first, x), four_i4(second, x + 4)));
-            l[half] = _mm256_add_epi16(l[half], _mm256_add_epi16(four_i4(first, y), four_i4(second, y + 4)));
-          }
-        }
-        for (size_t half = 0; half < kHalves; ++half) {
-          sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(h[half], factor));
-          sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(l[half], one));
+  constexpr size_t kParts = kInt4Rows / Avx2::kWidth;
+  __m256 acc[kParts] = {};
+  for (size_t g = 0; g < groups; ++g, weights += 32 * kInt4Rows, scale += kInt4Rows) {
+    __m256i sum[kParts];
+    for (__m256i& one : sum) one = _mm256_set1_epi32(x.offset[g]);
+    for (size_t i = 0; i < kInt4Group; i += 32) {  // as many as an int16 lane can add up
+      __m256i h[kParts] = {}, l[kParts] = {};
+      for (size_t j = i; j < i + 32; j += 8) {
+        const int8_t* high = x.high + g * kInt4Group + j;
+        const int8_t* low = x.low + g * kInt4Group + j;
+        for (size_t part = 0; part < kParts; ++part) {
+          const __m256i bytes = load(weights + (j / 8 * kParts + part) * 32);
+          const __m256i first = _mm256_and_si256(bytes, nibble);
+          const __m256i second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+          h[part] = _mm256_add_epi16(h[part], _mm256_add_epi16(four_i4(first, high), four_i4(second, high + 4)));
+          l[part] = _mm256_add_epi16(l[part], _mm256_add_epi16(four_i4(first, low), four_i4(second, low + 4)));
         }
       }
-      for (size_t half = 0; half < kHalves; ++half) {
-        const __m256 scales = Avx2::load_bf16(scale + half * Avx2::kWidth);
-        acc[half] = _mm256_fmadd_ps(scales, _mm256_cvtepi32_ps(sum[half]), acc[half]);
+      for (size_t part = 0; part < kParts; ++part) {
+        sum[part] = _mm256_add_epi32(sum[part], _mm256_madd_epi16(h[part], factor));
+        sum[part] = _mm256_add_epi32(sum[part], _mm256_madd_epi16(l[part], one));
       }
     }
-    for (size_t half = 0; half < kHalves; ++half) Avx2::store(out + half * Avx2::kWidth, acc[half]);
+    for (size_t part = 0; part < kParts; ++part) {
+      const __m256 scales = Avx2::load_bf16(scale + part * Avx2::kWidth);
+      acc[part] = _mm256_fmadd_ps(scales, _mm256_cvtepi32_ps(sum[part]), acc[part]);
+    }
+  }
+  for (size_t part = 0; part < kParts; ++part) Avx2::store(out + part * Avx2::kWidth, acc[part]);
+}
+
+void dot_i4(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const SplitState* states,
+            size_t tokens, float* out, size_t out_stride) {
+  for (size_t b = 0; b < blocks; ++b) {
+    for (size_t t = 0; t < tokens; ++t) {
+      dot_i4_block(weights + b * groups * 32 * kInt4Rows, scale + b * groups * kInt4Rows, groups, states[t],
+                   out + t * out_stride + b * kInt4Rows);
+    }
   }
 }
 

@@ -93,37 +93,85 @@ void dot_i8(const int8_t* weights, size_t rows, size_t k, const int8_t* high, co
   }
 }
 
-// Lanes are rows: 64 bytes hold eight features of sixteen rows, low nibbles the first four.
-void dot_i4(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const int8_t* high,
-            const int8_t* low, const int32_t* offset, float* out) {
+// One block for kTokens tokens, which share the unpacking. Lanes are rows: 128 bytes hold eight features of the rows of
+// both halves, low nibbles the first four; each broadcast of four codes meets both halves.
+template <size_t kTokens>
+void dot_i4_block(const uint8_t* weights, const uint16_t* scale, size_t groups, const SplitState* states, float* out,
+                  size_t out_stride) {
+  // One token has a sum for each nibble: a single one would wait for the latency of a dot product at each step.
+  constexpr size_t kSums = kTokens == 1 ? 2 : 1;
   const __m512i nibble = _mm512_set1_epi8(15), factor = _mm512_set1_epi32(254);
   const auto four = [](const int8_t* codes) __attribute__((always_inline)) {
     int32_t bits;
     __builtin_memcpy(&bits, codes, 4);
     return _mm512_set1_epi32(bits);
   };
-  for (size_t b = 0; b < blocks; ++b, out += kInt4Rows) {
-    __m512 acc = _mm512_setzero_ps();
-    for (size_t g = 0; g < groups; ++g, weights += 512, scale += kInt4Rows) {
-      // Two sums of each: one would wait for the latency of a dot product at each step.
-      __m512i h[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
-      __m512i l[2] = {_mm512_set1_epi32(offset[g]), _mm512_setzero_si512()};
-      for (size_t i = 0; i < kInt4Group; i += 8) {
-        const int8_t* x = high + g * kInt4Group + i;
-        const int8_t* y = low + g * kInt4Group + i;
-        const __m512i bytes = _mm512_loadu_si512(weights + 8 * i);
-        const __m512i first = _mm512_and_si512(bytes, nibble);
-        const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
-        h[0] = _mm512_dpbusd_epi32(h[0], first, four(x));
-        h[1] = _mm512_dpbusd_epi32(h[1], second, four(x + 4));
-        l[0] = _mm512_dpbusd_epi32(l[0], first, four(y));
-        l[1] = _mm512_dpbusd_epi32(l[1], second, four(y + 4));
+  __m512 acc[kTokens][2];
+  const int8_t *high[kTokens], *low[kTokens];
+  for (size_t t = 0; t < kTokens; ++t) {
+    acc[t][0] = acc[t][1] = _mm512_setzero_ps();
+    high[t] = states[t].high;
+    low[t] = states[t].low;
+  }
+  for (size_t g = 0; g < groups; ++g, weights += 32 * kInt4Rows, scale += kInt4Rows) {
+    __m512i h[kTokens][2][kSums], l[kTokens][2][kSums];
+    for (size_t t = 0; t < kTokens; ++t) {
+      for (size_t half = 0; half < 2; ++half) {
+        for (size_t s = 0; s < kSums; ++s) h[t][half][s] = l[t][half][s] = _mm512_setzero_si512();
+        l[t][half][0] = _mm512_set1_epi32(states[t].offset[g]);
       }
-      const __m512i high_dot = _mm512_mullo_epi32(_mm512_add_epi32(h[0], h[1]), factor);
-      const __m512i dot = _mm512_add_epi32(high_dot, _mm512_add_epi32(l[0], l[1]));
-      acc = _mm512_fmadd_ps(Avx512::load_bf16(scale), _mm512_cvtepi32_ps(dot), acc);
     }
-    _mm512_storeu_ps(out, acc);
+#pragma GCC unroll 8
+    for (size_t i = 0; i < kInt4Group; i += 8) {
+      const __m512i a = _mm512_loadu_si512(weights + 16 * i), b = _mm512_loadu_si512(weights + 16 * i + 64);
+      const __m512i bytes[2][2] = {
+          {_mm512_and_si512(a, nibble), _mm512_and_si512(b, nibble)},
+          {_mm512_and_si512(_mm512_srli_epi16(a, 4), nibble), _mm512_and_si512(_mm512_srli_epi16(b, 4), nibble)}};
+#pragma GCC unroll 4
+      for (size_t t = 0; t < kTokens; ++t) {
+#pragma GCC unroll 2
+        for (size_t n = 0; n < 2; ++n) {
+          const size_t k = g * kInt4Group + i + 4 * n, s = n % kSums;
+          const __m512i x = four(high[t] + k), y = four(low[t] + k);
+          h[t][0][s] = _mm512_dpbusd_epi32(h[t][0][s], bytes[n][0], x);
+          h[t][1][s] = _mm512_dpbusd_epi32(h[t][1][s], bytes[n][1], x);
+          l[t][0][s] = _mm512_dpbusd_epi32(l[t][0][s], bytes[n][0], y);
+          l[t][1][s] = _mm512_dpbusd_epi32(l[t][1][s], bytes[n][1], y);
+        }
+      }
+    }
+    for (size_t half = 0; half < 2; ++half) {
+      const __m512 scales = Avx512::load_bf16(scale + 16 * half);
+      for (size_t t = 0; t < kTokens; ++t) {
+        __m512i high_dot = h[t][half][0], low_dot = l[t][half][0];
+        if constexpr (kSums == 2) {
+          high_dot = _mm512_add_epi32(high_dot, h[t][half][1]);
+          low_dot = _mm512_add_epi32(low_dot, l[t][half][1]);
+        }
+        const __m512i dot = _mm512_add_epi32(_mm512_mullo_epi32(high_dot, factor), low_dot);
+        acc[t][half] = _mm512_fmadd_ps(scales, _mm512_cvtepi32_ps(dot), acc[t][half]);
+      }
+    }
+  }
+  for (size_t t = 0; t < kTokens; ++t) {
+    _mm512_storeu_ps(out + t * out_stride, acc[t][0]);
+    _mm512_storeu_ps(out + t * out_stride + 16, acc[t][1]);
+  }
+}
+
+void dot_i4(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const SplitState* states,
+            size_t tokens, float* out, size_t out_stride) {
+  for (size_t b = 0; b < blocks; ++b, out += kInt4Rows) {
+    size_t t = 0;
+    for (; t + 4 <= tokens; t += 4) {
+      dot_i4_block<4>(weights, scale, groups, states + t, out + t * out_stride, out_stride);
+    }
+    for (; t + 2 <= tokens; t += 2) {
+      dot_i4_block<2>(weights, scale, groups, states + t, out + t * out_stride, out_stride);
+    }
+    for (; t < tokens; ++t) dot_i4_block<1>(weights, scale, groups, states + t, out + t * out_stride, out_stride);
+    weights += groups * 32 * kInt4Rows;
+    scale += groups * kInt4Rows;
   }
 }
 

@@ -23,6 +23,7 @@ using bitdistill::kKeyBlock;
 using bitdistill::kRowBlock;
 using bitdistill::kScoreKeys;
 using bitdistill::Rounding;
+using bitdistill::SplitState;
 
 inline float bits_to_float(uint32_t bits) {
   float x;

@@ -57,21 +57,23 @@ void dot_i8(const int8_t* weights, size_t rows, size_t k, const int8_t* high, co
   }
 }
 
-void dot_i4(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const int8_t* high,
-            const int8_t* low, const int32_t* offset, float* out) {
-  for (size_t b = 0; b < blocks; ++b) {
-    for (size_t r = 0; r < kInt4Rows; ++r) {
+void dot_i4(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const SplitState* states,
+            size_t tokens, float* out, size_t out_stride) {
+  for (size_t t = 0; t < tokens; ++t) {
+    const SplitState& x = states[t];
+    for (size_t row = 0; row < blocks * kInt4Rows; ++row) {
+      const size_t first = row / kInt4Rows * groups, r = row % kInt4Rows;
       float sum = 0;
       for (size_t g = 0; g < groups; ++g) {
-        const uint8_t* bytes = weights + (b * groups + g) * kInt4Group / 2 * kInt4Rows + 4 * r;
-        int32_t dot = offset[g];
+        const uint8_t* bytes = weights + (first + g) * kInt4Group / 2 * kInt4Rows + 4 * r;
+        int32_t dot = x.offset[g];
         for (size_t i = 0; i < kInt4Group; ++i) {
-          const int32_t nibble = bytes[i / 8 * 64 + i % 4] >> i / 4 % 2 * 4 & 15;
-          dot += nibble * (254 * high[g * kInt4Group + i] + low[g * kInt4Group + i]);
+          const int32_t nibble = bytes[i / 8 * 4 * kInt4Rows + i % 4] >> i / 4 % 2 * 4 & 15;
+          dot += nibble * (254 * x.high[g * kInt4Group + i] + x.low[g * kInt4Group + i]);
         }
-        sum += Scalar::load_bf16(scale + (b * groups + g) * kInt4Rows + r) * static_cast<float>(dot);
+        sum += Scalar::load_bf16(scale + (first + g) * kInt4Rows + r) * static_cast<float>(dot);
       }
-      out[b * kInt4Rows + r] = sum;
+      out[t * out_stride + row] = sum;
     }
   }
 }

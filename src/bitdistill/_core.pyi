@@ -290,5 +290,5 @@ def head_logits(
     """``[M, V]`` logits of states ``[M, D]``.
 
     Weight: F32 or BF16 (as uint16) ``[V, D]``; I8 with F32 scales ``[V]``; int4 as uint8
-    ``[V / 16, D / 64, 512]`` with BF16 scales ``[V / 16, D / 64, 16]``, see ``layout.pack_int4``.
+    ``[V / 32, D / 64, 1024]`` with BF16 scales ``[V / 32, D / 64, 32]``, see ``layout.pack_int4``.
     """

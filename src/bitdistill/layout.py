@@ -78,14 +78,14 @@ def unpack(
     return flat[:rows, :columns].astype(np.int8) - 1
 
 
-INT4_ROWS = 16
+INT4_ROWS = 32
 """Rows of a block of an int4 table."""
 INT4_GROUP = 64
 """Features of an int4 row that share a scale."""
 
 
 def int4_shape(rows: int, columns: int) -> tuple[int, int, int]:
-    """``[blocks, groups, 512]`` of the bytes of an int4 table; its scales are ``[blocks, groups, 16]``."""
+    """``[blocks, groups, 1024]`` of the bytes of an int4 table; its scales are ``[blocks, groups, 32]``."""
     return -(-rows // INT4_ROWS), -(-columns // INT4_GROUP), INT4_ROWS * INT4_GROUP // 2
 
 

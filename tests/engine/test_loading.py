@@ -97,9 +97,9 @@ def test_a_tensor_that_does_not_fit_is_named(
             put("model.embed_tokens.weight_scale", lambda a: a.astype(np.float32)),
             r"weight_scale .*expected BF16",
         ),
-        (poke("model.embed_tokens.weight_scale", 0), r"weight_scale .*scale 303 is not positive and finite"),
-        (poke("model.embed_tokens.weight_scale", 0x7F80), r"weight_scale .*scale 303 is not positive"),
-        (poke("model.embed_tokens.weight_scale", 0xBF80), r"weight_scale .*scale 303 is not positive"),
+        (poke("model.embed_tokens.weight_scale", 0), r"weight_scale .*scale 319 is not positive and finite"),
+        (poke("model.embed_tokens.weight_scale", 0x7F80), r"weight_scale .*scale 319 is not positive"),
+        (poke("model.embed_tokens.weight_scale", 0xBF80), r"weight_scale .*scale 319 is not positive"),
     ],
 )
 def test_an_int4_table_that_does_not_fit_is_named(
