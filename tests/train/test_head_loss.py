@@ -54,12 +54,9 @@ class Losses:
         self.weights = torch.tensor([1 / 5, 10 * temperature**2 / 5], dtype=torch.float64)
 
     def __call__(self, logits: Tensor, rows: slice) -> Tensor:
-        v = self.vocabulary
+        v, chosen = self.vocabulary, self.kd_mask[rows]
         kd = logits_kd(
-            logits[:, :v],
-            self.teacher[rows, :v],
-            temperature=self.temperature,
-            mask_N=self.kd_mask[rows],
+            logits[chosen, :v], self.teacher[rows, :v][chosen], temperature=self.temperature
         )
         return torch.stack((label_loss(logits, self.labels[rows]), kd))
 

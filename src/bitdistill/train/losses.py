@@ -24,6 +24,9 @@ from .head_loss import head_loss
 BLOCK_RELATIONS = 1 << 22
 """Relations (heads x rows x columns) that exist at the same time."""
 
+NO_MASS = -1e30
+"""Log of no mass at all: finite, because the difference of two empty rests must not be NaN."""
+
 
 def shifted_labels(labels_BT: Tensor) -> Tensor:
     """Labels moved so that position t holds the token that position t predicts; the last predicts nothing."""
@@ -50,19 +53,56 @@ def label_loss(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
     return F.cross_entropy(_wide(logits_NV), labels_N, ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def logits_kd(
-    student_NV: Tensor, teacher_NV: Tensor, *, temperature: float, mask_N: Tensor | None = None
-) -> Tensor:
+def logits_kd(student_NV: Tensor, teacher_NV: Tensor, *, temperature: float) -> Tensor:
     """Sum over tokens of ``KL(softmax(teacher / tau) || softmax(student / tau))`` (eq. 8-9), no tau^2.
 
     Args:
         student_NV, teacher_NV: logits ``[N, V]``; computed in fp32 (fp64 stays fp64).
-        mask_N: tokens that count, bool ``[N]``; all if None.
     """
     student = F.log_softmax(_wide(student_NV) / temperature, dim=-1)
     teacher = F.log_softmax(_wide(teacher_NV) / temperature, dim=-1)
-    kl_N = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-    return kl_N.sum() if mask_N is None else kl_N.masked_fill(~mask_N, 0.0).sum()
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1).sum()
+
+
+def top_k_log_p(logits_NV: Tensor, k: int, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities at a temperature of the k likeliest tokens, and of all others together.
+
+    Returns:
+        The k entries ``[N, k]`` int64, their ``log softmax(logits / tau)`` ``[N, k]``, and the log of the mass of the
+        rest ``[N]``, very low if nothing is left; fp32, or fp64 for fp64 logits.
+    """
+    log_p = F.log_softmax(_wide(logits_NV) / temperature, dim=-1)
+    top = log_p.topk(k, dim=-1)
+    return top.indices, top.values, _log_sum_without(log_p, top.indices)
+
+
+def top_k_kd(
+    student_NV: Tensor, top_NK: Tensor, top_log_p_NK: Tensor, rest_log_p_N: Tensor, *, temperature: float
+) -> Tensor:
+    """Sum over tokens of a KL over k + 1 buckets: k entries of the vocabulary and all others as one.
+
+        sum_{i in top} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),   q = softmax(student / tau)
+
+    With k = V it is ``logits_kd``. Merging the others can only lower it (log-sum inequality): by how the student spreads
+    its rest, which gets no gradient.
+
+    Args:
+        student_NV: logits ``[N, V]``.
+        top_NK, top_log_p_NK, rest_log_p_N: of the teacher, as `top_k_log_p` gives them at the same temperature; rounded
+            ones are normalised again.
+    """
+    student = _wide(student_NV) / temperature
+    rest = _log_sum_without(student, top_NK)
+    # Both are logits of the k + 1 buckets: the normaliser over the buckets is that over the vocabulary.
+    student = F.log_softmax(torch.cat((student.gather(-1, top_NK), rest[:, None]), dim=-1), dim=-1)
+    teacher = torch.cat((_wide(top_log_p_NK), _wide(rest_log_p_N)[:, None]), dim=-1)
+    teacher = F.log_softmax(teacher, dim=-1)
+    return F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1).sum()
+
+
+def _log_sum_without(x_NV: Tensor, left_out_NK: Tensor) -> Tensor:
+    """``log sum exp`` of the other entries of each row ``[N]``."""
+    return x_NV.scatter(-1, left_out_NK, NO_MASS).logsumexp(dim=-1)
 
 
 def relation_kd(

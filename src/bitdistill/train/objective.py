@@ -11,20 +11,21 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..config import DistillConfig
 from ..errors import TrainingError
-from .head_loss import block_linear, head_loss
+from .head_loss import head_loss
 from .losses import (
     IGNORE_INDEX,
     cross_entropy,
     label_loss,
-    logits_kd,
     relation_kd,
     shifted_labels,
 )
-from .taps import States, attention_layers, capture, matched_layers
+from .taps import States, attention_layers, matched_layers, run_tapped
+from .teacher import BlockKd, CachedTeacher, LiveTeacher
 
 
 class LanguageModelling(nn.Module):
@@ -73,57 +74,46 @@ class LanguageModelling(nn.Module):
 class Distillation(LanguageModelling):
     """Stage 3: the student learns the labels, the teacher's distribution and its attention relations.
 
-    The teacher runs without gradients and is no part of this module's parameters or checkpoints.
+    The teacher, running beside the student or read from its cache, is no part of this module's parameters or
+    checkpoints.
     """
 
     count_names = ("labels", "kd_tokens", "relation_rows")
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: DistillConfig) -> None:
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel | CachedTeacher, config: DistillConfig
+    ) -> None:
         super().__init__(student)
         self.distill = config  # not "config": Trainer takes that for the model's
-        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple: hidden from nn.Module
-        self.vocab_size = min(student.config.vocab_size, teacher.config.vocab_size)
-        try:
-            self.layer_pairs = matched_layers(
-                len(attention_layers(student)),
-                len(attention_layers(teacher)),
-                config.relation_layers,
-                config.teacher_layers,
-            )
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
-        if not config.gamma_relation:
-            self.layer_pairs = []
-
-    @property
-    def teacher(self) -> PreTrainedModel:
-        """The full-precision teacher."""
-        return self._teacher[0]
+        self.teacher = (
+            teacher
+            if isinstance(teacher, CachedTeacher)
+            else LiveTeacher(teacher, config.temperature, config.relation_states)
+        )
+        self.vocab_size = min(student.config.vocab_size, self.teacher.vocab_size)
+        self.layer_pairs = layer_pairs(config, len(attention_layers(student)), self.teacher.num_layers)
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Labelled tokens, tokens of the logits KD, rows of the relation KD; int64 ``[3]``."""
-        kd_tokens = self._kd_mask(batch["labels"], batch["attention_mask"]).sum()
         rows = batch["attention_mask"].sum()
         if self.distill.relation_mask == "none":
             rows = torch.tensor(batch["attention_mask"].numel(), device=rows.device)
-        return torch.stack([super().counts(batch)[0], kd_tokens, rows])
+        return torch.stack([super().counts(batch)[0], self._kd_mask(batch).sum(), rows])
 
-    def _kd_mask(self, labels: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.distill.kd_tokens == "all":
-            return attention_mask.bool()
-        return shifted_labels(labels) != IGNORE_INDEX
+    def _kd_mask(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return kd_mask(self.distill.kd_tokens, batch["labels"], batch["attention_mask"])
 
     def losses(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum and its parts, raw and weighted."""
-        config = self.distill
-        labels, attention_mask = batch["labels"], batch["attention_mask"]
-        teacher = self.teacher.to(labels.device)
-        hidden_s, states_s = self._run(self.student, batch, 0)
-        with torch.no_grad():
-            hidden_t, states_t = self._run(teacher, batch, 1)
-        if config.lambda_logits:
-            kd_mask = self._kd_mask(labels, attention_mask)
-            loss, ce, kd = self._head_losses(hidden_s, hidden_t, shifted_labels(labels), kd_mask, totals)
+        config, labels = self.distill, batch["labels"]
+        layers_s, layers_t = (tuple(pair[side] for pair in self.layer_pairs) for side in (0, 1))
+        hidden_s, states_s = run_tapped(self.student, batch, layers_s, config.relation_states)
+        kd_mask_BT = self._kd_mask(batch) if config.lambda_logits else None
+        taught = self.teacher.targets(batch, kd_mask_BT, layers_t)
+        if kd_mask_BT is not None and taught.logits_kd is not None:
+            loss, ce, kd = self._head_losses(
+                hidden_s, shifted_labels(labels), kd_mask_BT, taught.logits_kd, totals
+            )
             parts = {
                 "loss/ce": ce,
                 "loss/logits_kd": kd,
@@ -133,50 +123,40 @@ class Distillation(LanguageModelling):
             loss = self.label_cross_entropy(hidden_s, labels) / totals[0]
             parts = {"loss/ce": loss}
         if config.gamma_relation:
-            relation = self._relation_kd(states_s, states_t, attention_mask.bool()) / totals[2]
+            real = batch["attention_mask"].bool()
+            relation = self._relation_kd(states_s, taught.states, real) / totals[2]
             weighted = config.gamma_relation * relation
             loss = loss + weighted
             parts |= {"loss/relation_kd": relation, "loss/relation_kd_weighted": weighted}
         return loss, parts
 
-    def _run(
-        self, model: PreTrainedModel, batch: Mapping[str, Tensor], side: int
-    ) -> tuple[Tensor, dict[int, States]]:
-        """Final hidden states and the tapped states of one model; ``side`` 0 is the student's, 1 the teacher's."""
-        layers = tuple(pair[side] for pair in self.layer_pairs)
-        with capture(model, layers, self.distill.relation_states) as states:
-            hidden = model.base_model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).last_hidden_state
-        return hidden, states
-
     def _head_losses(
-        self, hidden_s: Tensor, hidden_t: Tensor, labels: Tensor, kd_mask: Tensor, totals: Tensor
+        self, hidden: Tensor, labels: Tensor, kd_mask_BT: Tensor, block_kd: BlockKd, totals: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``CE + lambda * logits KD`` with a graph, CE and logits KD; of logits that are made once for both.
 
         Args:
-            hidden_s, hidden_t: final hidden states of student and teacher, ``[B, T, E]`` each.
+            hidden: final hidden states of the student, ``[B, T, E]``.
             labels: what each position predicts, ``[B, T]``.
-            kd_mask: positions of the logits KD, bool ``[B, T]``.
+            kd_mask_BT: positions of the logits KD; the rows of ``block_kd``.
         """
         config = self.distill
-        chosen = kd_mask | (labels != IGNORE_INDEX)
-        labels_N, kd_N, hidden_t = labels[chosen], kd_mask[chosen], hidden_t[chosen]
-        head_t = block_linear(self.teacher.get_output_embeddings())
+        chosen = kd_mask_BT | (labels != IGNORE_INDEX)
+        labels_N, kd_N = labels[chosen], kd_mask_BT[chosen]
+        # Among the chosen tokens those before each that the KD counts; usually it counts all.
+        before = None if kd_N.all() else F.pad(kd_N.cumsum(dim=0), (1, 0)).tolist()
 
         def losses(logits: Tensor, rows: slice) -> Tensor:
-            with torch.no_grad():
-                teacher = head_t(hidden_t[rows])[:, : self.vocab_size]
-            student = logits[:, : self.vocab_size]
-            kd = logits_kd(student, teacher, temperature=config.temperature, mask_N=kd_N[rows])
-            return torch.stack((label_loss(logits, labels_N[rows]), kd))
+            student, kd_rows = logits[:, : self.vocab_size], rows
+            if before is not None:
+                student, kd_rows = student[kd_N[rows]], slice(before[rows.start], before[rows.stop])
+            return torch.stack((label_loss(logits, labels_N[rows]), block_kd(student, kd_rows)))
 
         factors = (1.0, config.temperature**2 if config.tau_squared else 1.0)
-        wide = torch.promote_types(hidden_s.dtype, torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         scales = torch.tensor(factors, dtype=wide, device=totals.device) / totals[:2]
         weights = scales * scales.new_tensor((1.0, config.lambda_logits))
-        loss, sums = head_loss(hidden_s[chosen], self.student.get_output_embeddings(), losses, weights)
+        loss, sums = head_loss(hidden[chosen], self.student.get_output_embeddings(), losses, weights)
         ce, kd = sums * scales
         return loss, ce, kd
 
@@ -202,6 +182,26 @@ class Distillation(LanguageModelling):
         except ValueError as error:
             raise TrainingError(str(error)) from error
         return torch.stack(losses).mean()
+
+
+def kd_mask(tokens: str, labels_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """The positions of the logits KD, bool ``[B, T]``; ``tokens`` is ``distill.kd_tokens``."""
+    if tokens == "all":
+        return attention_mask_BT.bool()
+    return shifted_labels(labels_BT) != IGNORE_INDEX
+
+
+def layer_pairs(config: DistillConfig, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
+    """Student and teacher layers of the relation KD; none where its weight is 0.
+
+    Raises:
+        TrainingError: a layer does not exist.
+    """
+    try:
+        pairs = matched_layers(student_depth, teacher_depth, config.relation_layers, config.teacher_layers)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    return pairs if config.gamma_relation else []
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
