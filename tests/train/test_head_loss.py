@@ -55,9 +55,7 @@ class Losses:
 
     def __call__(self, logits: Tensor, rows: slice) -> Tensor:
         v, chosen = self.vocabulary, self.kd_mask[rows]
-        kd = logits_kd(
-            logits[chosen, :v], self.teacher[rows, :v][chosen], temperature=self.temperature
-        )
+        kd = logits_kd(logits[chosen, :v], self.teacher[rows, :v][chosen], temperature=self.temperature)
         return torch.stack((label_loss(logits, self.labels[rows]), kd))
 
     def naive(self, logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -122,8 +122,8 @@ class DistillConfig(TrainingConfig):
     teacher_layers: tuple[int, ...] = ()
     """Teacher layers they are held against; empty takes those at the same relative depth."""
     teacher_cache: Literal["none", "hidden", "topk"] = "none"
-    """Run the teacher once over the training data and keep what the losses need on disk: final ``hidden`` states, or the
-    ``topk`` largest log-probabilities and the mass of the rest; the states of the relation KD with either."""
+    """Run the teacher once over the training data and keep what the losses need on disk: final ``hidden`` states, or
+    the ``topk`` likeliest tokens and the mass of the rest; the states of the relation KD with either."""
     cache_top_k: int = 256
     """Entries of the vocabulary that ``topk`` keeps of a token."""
     teacher_cache_dir: str = ""

@@ -83,8 +83,8 @@ def top_k_kd(
 
         sum_{i in top} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),   q = softmax(student / tau)
 
-    With k = V it is ``logits_kd``. Merging the others can only lower it (log-sum inequality): by how the student spreads
-    its rest, which gets no gradient.
+    With k = V it is ``logits_kd``. Merging the others can only lower it (log-sum inequality): how the student spreads
+    the mass of the rest costs nothing.
 
     Args:
         student_NV: logits ``[N, V]``.

@@ -9,6 +9,7 @@ from ..checkpoint import checkpoint_digest
 from ..config import DistillConfig, Recipe, SftConfig
 from ..data.prompts import PaddedBatch, PromptEncoder, TaskSequences
 from ..data.tasks import Task, load_task
+from ..data.teacher_rows import TaughtBatch, TaughtSequences
 from ..processes import num_processes
 from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
@@ -46,16 +47,19 @@ def train_on_task(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     title: str,
+    *,
+    taught: TaughtSequences | None = None,
 ) -> dict[str, Any]:
-    """Train an objective's student on the task's training examples and save it; returns the metrics."""
+    """Train an objective's student on the task's training examples and save it; returns the metrics.
+
+    ``taught`` are the same examples with what a cached teacher said of them.
+    """
     codes = ternary_codes(objective.student)
-    encoder = PromptEncoder(tokenizer, recipe.task.max_length)
-    longest = recipe.task.max_new_tokens if task.kind == "summarisation" else 0
-    dataset = TaskSequences(encoder.examples(task.train, end=task.kind != "classification", longest=longest))
+    dataset = task_sequences(recipe, task, tokenizer) if taught is None else taught
     metrics = fit(
         objective,
         dataset,
-        PaddedBatch(tokenizer.pad_token_id),
+        (PaddedBatch if taught is None else TaughtBatch)(tokenizer.pad_token_id),
         config,
         steps=steps_for_epochs(config, config.epochs, len(dataset), num_processes()),
         seed=recipe.seed,
@@ -67,6 +71,13 @@ def train_on_task(
     save_model(objective.student, tokenizer, folder)
     write_weight_stats(objective.student, folder, codes)
     return metrics
+
+
+def task_sequences(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> TaskSequences:
+    """The task's training examples as every fine-tune sees them."""
+    encoder = PromptEncoder(tokenizer, recipe.task.max_length)
+    longest = recipe.task.max_new_tokens if task.kind == "summarisation" else 0
+    return TaskSequences(encoder.examples(task.train, end=task.kind != "classification", longest=longest))
 
 
 def task_settings(recipe: Recipe) -> dict[str, Any]:
