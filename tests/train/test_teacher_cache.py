@@ -107,6 +107,14 @@ def test_top_k_rows_are_those_of_the_teachers_logits(make, teacher):
         torch.testing.assert_close(rest, values[:, 5:].sum(dim=-1), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize(("temperature", "warned"), [(5, True), (0.02, False)])
+def test_a_top_k_that_holds_little_of_the_mass_is_warned_of(make, caplog, temperature, warned):
+    caplog.set_level("WARNING")
+    make("distill.teacher_cache=topk", "distill.cache_top_k=2", f"distill.temperature={temperature}")
+    text = " ".join(record.getMessage() for record in caplog.records)
+    assert ("of the teacher's mass" in text) == warned
+
+
 # --- what it teaches ---
 
 CASES = {

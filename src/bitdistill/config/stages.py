@@ -124,8 +124,8 @@ class DistillConfig(TrainingConfig):
     teacher_cache: Literal["none", "hidden", "topk"] = "none"
     """Run the teacher once over the training data and keep what the losses need on disk: final ``hidden`` states, or
     the ``topk`` likeliest tokens and the mass of the rest; the states of the relation KD with either."""
-    cache_top_k: int = 256
-    """Entries of the vocabulary that ``topk`` keeps of a token."""
+    cache_top_k: int = 64
+    """Entries of the vocabulary that ``topk`` keeps of a token; they should hold most of the mass at ``temperature``."""
     teacher_cache_dir: str = ""
     """Folder of the cache, made if it is not there; empty puts one into the run's folder, shared by its methods."""
 

@@ -35,7 +35,7 @@ from ..data.teacher_rows import (
     write_shard,
 )
 from ..errors import CheckpointError, TrainingError
-from ..processes import num_processes, on_main_process, process_state
+from ..processes import is_main_process, num_processes, on_main_process, process_state
 from .head_loss import BLOCK_TOKENS, block_linear
 from .loading import load_config, load_model
 from .losses import top_k_log_p
@@ -53,6 +53,9 @@ BATCH_TOKENS = 4096
 """Tokens, padding included, of a forward pass while filling. Not a setting: rounding depends on it."""
 
 HEAD_FILE = "head.safetensors"
+
+LITTLE_MASS = 0.9
+"""Share of the teacher's mass below which a top-k cache is warned of."""
 
 
 def cached_teacher(
@@ -89,7 +92,20 @@ def cached_teacher(
     on_main_process(lambda: filler.check(folder))
     head = load_head(folder) if filler.form == "hidden" else None
     teacher = CachedTeacher(head, int(configs[1].vocab_size), depths[1], config.temperature)
-    return teacher, TaughtSequences(plan, folder, filler.names)
+    taught = TaughtSequences(plan, folder, filler.names)
+    if filler.form == "topk" and is_main_process():
+        _warn_of_little_mass(taught, config)
+    return teacher, taught
+
+
+def _warn_of_little_mass(taught: TaughtSequences, config: DistillConfig) -> None:
+    rest = torch.cat([rows["teacher_rest_log_p"] for rows in taught.shards]).exp().mean().item()
+    if 1 - rest < LITTLE_MASS:
+        logger.warning(
+            "the %d likeliest tokens hold %.1f %% of the teacher's mass at temperature %g, and the logits KD sees little "
+            'beside them: use teacher_cache = "hidden", a larger cache_top_k or a lower temperature',
+            config.cache_top_k, 100 * (1 - rest), config.temperature,
+        )  # fmt: skip
 
 
 def _settings(
