@@ -125,7 +125,7 @@ class DistillConfig(TrainingConfig):
     """Run the teacher once over the training data and keep what the losses need on disk: final ``hidden`` states, or
     the ``topk`` likeliest tokens and the mass of the rest; the states of the relation KD with either."""
     cache_top_k: int = 64
-    """Entries of the vocabulary that ``topk`` keeps of a token; they should hold most of the mass at ``temperature``."""
+    """Entries of the vocabulary that ``topk`` keeps of a token; they should hold most mass at ``temperature``."""
     teacher_cache_dir: str = ""
     """Folder of the cache, made if it is not there; empty puts one into the run's folder, shared by its methods."""
 

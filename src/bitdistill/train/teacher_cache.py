@@ -102,8 +102,8 @@ def _warn_of_little_mass(taught: TaughtSequences, config: DistillConfig) -> None
     rest = torch.cat([rows["teacher_rest_log_p"] for rows in taught.shards]).exp().mean().item()
     if 1 - rest < LITTLE_MASS:
         logger.warning(
-            "the %d likeliest tokens hold %.1f %% of the teacher's mass at temperature %g, and the logits KD sees little "
-            'beside them: use teacher_cache = "hidden", a larger cache_top_k or a lower temperature',
+            "the %d likeliest tokens hold %.1f %% of the teacher's mass at temperature %g, and the logits KD sees "
+            'little beside them: use teacher_cache = "hidden", a larger cache_top_k or a lower temperature',
             config.cache_top_k, 100 * (1 - rest), config.temperature,
         )  # fmt: skip
 
