@@ -69,14 +69,14 @@ class Problem:
         """The same in blocks, as the objectives do it."""
         teacher = block_linear(self.teacher) if self.with_kd else None
 
-        def losses(logits: Tensor, rows: slice) -> Tensor:
+        def losses(logits: Tensor, rows: slice, *teacher_logits: Tensor) -> Tensor:
             parts = [label_loss(logits, self.labels[rows])]
-            if teacher is not None:
-                parts.append(logits_kd(logits, teacher(self.teacher_hidden[rows]), temperature=TEMPERATURE))
+            parts += [logits_kd(logits, other, temperature=TEMPERATURE) for other in teacher_logits]
             return torch.stack(parts)
 
         weights = torch.tensor([1.0, LAMBDA][: 1 + self.with_kd]) / tokens
-        return head_loss(self.hidden[:tokens], self.head, losses, weights)[0]
+        beside = None if teacher is None else lambda rows: teacher(self.teacher_hidden[rows])
+        return head_loss(self.hidden[:tokens], self.head, losses, weights, beside)[0]
 
     def step(self, form: str, tokens: int | None = None) -> float:
         """Forward and backward pass; the gradients stay."""

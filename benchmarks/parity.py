@@ -187,7 +187,7 @@ def compare(
     model, tokenizer = load_model(source).eval(), load_tokenizer(source)
     with tempfile.TemporaryDirectory() as folder:
         export(source, Path(folder) / "packed", head="f32")
-        engine = Engine(Path(folder) / "packed", threads=threads, exact=True)
+        engine = Engine(Path(folder) / "packed", threads=threads, kv_cache="fp32")
         trits = differing_trits(model, Path(folder) / "packed")
         different = free = total = 0
         divergences = []

@@ -57,19 +57,17 @@ class AttentionPass {
         seen_from[t * queries + i] = kind_.window == 0 || kind_.window >= end ? 0 : end - kind_.window;
       }
     }
-    const Attend args{
+    Attend args{
         .query = own_.query.data(),
         .rows = tokens * queries,
         .first = seen_from,
         .visible = visible,
-        .keys = cache_.keys(index_, head),
-        .values = cache_.values(index_, head),
-        .half = cache_.half(),
         .head_dim = dim,
         .padded_dim = padded,
         .out = own_.mixed.data(),
         .scores = own_.scores.data(),
     };
+    cache_.show(index_, head, args);
     room_.attend(&args);
     for (size_t t = 0; t < tokens; ++t) {
       for (size_t i = 0; i < queries; ++i) {

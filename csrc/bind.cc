@@ -38,16 +38,6 @@ size_t not_negative(const char* what, int64_t value) {
   return static_cast<size_t>(value);
 }
 
-template <class T>
-T one_of(const char* field, const std::string& value, std::initializer_list<std::pair<const char*, T>> choices) {
-  std::string known;
-  for (const auto& [name, choice] : choices) {
-    if (value == name) return choice;
-    known += (known.empty() ? "" : ", ") + std::string(name);
-  }
-  throw std::invalid_argument(std::string(field) + " = '" + value + "' is not one of " + known);
-}
-
 std::shared_ptr<Model> load(const std::optional<std::string>& path, const std::vector<TensorEntry>& tensors,
                             const Config& config, int64_t threads, bool mmap, const std::optional<std::string>& isa,
                             uint64_t seed) {
@@ -225,8 +215,10 @@ void bind_model(nb::module_& m) {
       .def("memory", &memory_of)
       .def(
           "decode_bytes",
-          [](const Model& self, int64_t context) { return self.decode_bytes(not_negative("context", context)); },
-          "context"_a = 0);
+          [](const Model& self, int64_t context, const std::string& kv) {
+            return self.decode_bytes(not_negative("context", context), cache_named(kv));
+          },
+          "context"_a = 0, "kv"_a = "fp16");
 }
 
 void bind_session(nb::module_& m) {
@@ -244,10 +236,10 @@ void bind_session(nb::module_& m) {
   nb::class_<Session>(m, "Session", nb::is_final())
       .def(
           "__init__",
-          [](Session* self, std::shared_ptr<Model> model, int64_t context, bool exact) {
-            new (self) Session(std::move(model), not_negative("context", context), exact);
+          [](Session* self, std::shared_ptr<Model> model, int64_t context, const std::string& kv) {
+            new (self) Session(std::move(model), not_negative("context", context), cache_named(kv));
           },
-          "model"_a, nb::kw_only(), "context"_a = 0, "exact"_a = false)
+          "model"_a, nb::kw_only(), "context"_a = 0, "kv"_a = "fp16")
       .def_prop_ro("position", &Session::position)
       .def_prop_ro("context", &Session::context)
       .def("memory",
@@ -257,6 +249,15 @@ void bind_session(nb::module_& m) {
              bytes["scratch"] = self.scratch_bytes();
              return bytes;
            })
+      .def("start_profile", &Session::start_profile)
+      .def_prop_ro("profile",
+                   [](const Session& self) {
+                     nb::dict seconds;
+                     if (!self.profile()) return seconds;
+                     for (size_t i = 0; i < kPhaseNames.size(); ++i)
+                       seconds[kPhaseNames[i]] = self.profile()->seconds()[i];
+                     return seconds;
+                   })
       .def("forward", &forward, "tokens"_a, nb::kw_only(), "all_positions"_a = false)
       .def("score", &score, "tokens"_a, "first"_a = 1)
       .def("decode", &decode, "sampler"_a, "max_new_tokens"_a, "stop"_a = std::vector<int32_t>())

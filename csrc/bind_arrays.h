@@ -1,4 +1,4 @@
-// numpy arrays in and out.
+// numpy arrays in and out, and words for choices.
 #pragma once
 
 #include <nanobind/nanobind.h>
@@ -6,7 +6,11 @@
 
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
+#include <string>
 #include <vector>
+
+#include "kernel_table.h"
 
 namespace bitdistill {
 
@@ -38,5 +42,19 @@ class ArrayOut {
   std::unique_ptr<T[]> data_;
 };
 using FloatOut = ArrayOut<float>;
+
+template <class T>
+T one_of(const char* field, const std::string& value, std::initializer_list<std::pair<const char*, T>> choices) {
+  std::string known;
+  for (const auto& [name, choice] : choices) {
+    if (value == name) return choice;
+    known += (known.empty() ? "" : ", ") + std::string(name);
+  }
+  throw std::invalid_argument(std::string(field) + " = '" + value + "' is not one of " + known);
+}
+
+inline Cache cache_named(const std::string& name) {
+  return one_of<Cache>("kv", name, {{"fp16", Cache::f16}, {"int8", Cache::i8}, {"fp32", Cache::f32}});
+}
 
 }  // namespace bitdistill

@@ -180,7 +180,7 @@ nb::object norm_quantize(const ArrayIn<float, 2>& x, const std::optional<FloatVe
 }
 
 nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, const ArrayIn<float, 3>& value,
-                  double scale, const std::string& isa, bool exact, size_t window) {
+                  double scale, const std::string& isa, const std::string& kv_form, size_t window) {
   const KernelTable& room = room_named(isa);
   const size_t tokens = query.shape(0), heads = query.shape(1), dim = query.shape(2);
   const size_t positions = key.shape(0), kv = key.shape(1);
@@ -193,7 +193,7 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
   config.num_hidden_layers = 1;
   config.num_key_value_heads = kv;
   config.head_dim = dim;
-  KvCache cache(config, positions, exact);
+  KvCache cache(config, positions, cache_named(kv_form));
   const size_t padded = config.padded_head_dim();
   std::vector<uint16_t> half(padded);
   for (size_t p = 0; p < positions; ++p) {
@@ -215,17 +215,15 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
         seen_from[t] = window == 0 || window >= visible[t] ? 0 : visible[t] - window;
       }
       const size_t own = head / (heads / kv);
-      const Attend args{.query = rows.data(),
-                        .rows = count,
-                        .first = seen_from,
-                        .visible = visible,
-                        .keys = cache.keys(0, own),
-                        .values = cache.values(0, own),
-                        .half = cache.half(),
-                        .head_dim = dim,
-                        .padded_dim = padded,
-                        .out = mixed.data(),
-                        .scores = scores.data()};
+      Attend args{.query = rows.data(),
+                  .rows = count,
+                  .first = seen_from,
+                  .visible = visible,
+                  .head_dim = dim,
+                  .padded_dim = padded,
+                  .out = mixed.data(),
+                  .scores = scores.data()};
+      cache.show(0, own, args);
       room.attend(&args);
       for (size_t t = 0; t < count; ++t) {
         std::copy(mixed.data() + t * padded, mixed.data() + t * padded + dim,
@@ -236,27 +234,40 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
   return out.cast();
 }
 
-nb::object head_logits(const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& weight,
-                       const std::optional<FloatVector>& weight_scale, const ArrayIn<float, 2>& x,
+using AnyArray = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
+
+DenseMatrix head_matrix(const AnyArray& weight, const std::optional<AnyArray>& scale, size_t columns) {
+  require(weight.ndim() >= 2 && columns <= size_t{1} << 16, "weight must have rows, and at most 65536 columns");
+  DenseMatrix head{.rows = weight.shape(0), .columns = columns, .data = static_cast<const uint8_t*>(weight.data())};
+  if (weight.dtype() == nb::dtype<uint8_t>()) {
+    head.form = Form::int4;
+    require(weight.ndim() == 3 && weight.shape(1) == head.groups() && weight.shape(2) == kInt4Rows * kInt4Group / 2,
+            "int4 weights must be [V / 16, D / 64, 512]");
+    require(scale && scale->dtype() == nb::dtype<uint16_t>() && scale->ndim() == 3 &&
+                scale->shape(0) == weight.shape(0) && scale->shape(1) == head.groups() && scale->shape(2) == kInt4Rows,
+            "int4 weights come with bf16 scales (uint16) [V / 16, D / 64, 16]");
+    head.rows *= kInt4Rows;
+    head.group_scale = static_cast<const uint8_t*>(scale->data());
+    return head;
+  }
+  require(weight.ndim() == 2 && weight.shape(1) == columns, "x must have as many columns as weight");
+  if (weight.dtype() == nb::dtype<int8_t>()) {
+    head.form = Form::int8;
+    require(scale && scale->dtype() == nb::dtype<float>() && scale->ndim() == 1 && scale->shape(0) == head.rows,
+            "int8 weights come with float scales [V]");
+    head.scale = static_cast<const float*>(scale->data());
+    return head;
+  }
+  head.form = weight.dtype() == nb::dtype<uint16_t>() ? Form::bf16 : Form::f32;
+  require(!scale && (head.form == Form::bf16 || weight.dtype() == nb::dtype<float>()),
+          "weight must be float32 or uint16 (bf16), or int8 or uint8 (int4) with scales");
+  return head;
+}
+
+nb::object head_logits(const AnyArray& weight, const std::optional<AnyArray>& weight_scale, const ArrayIn<float, 2>& x,
                        const std::string& isa) {
   const KernelTable& room = room_named(isa);
-  DenseMatrix head{.rows = weight.shape(0), .columns = weight.shape(1)};
-  if (weight.dtype() == nb::dtype<float>()) {
-    head.dtype = DType::f32;
-  } else if (weight.dtype() == nb::dtype<uint16_t>()) {
-    head.dtype = DType::bf16;
-  } else if (weight.dtype() == nb::dtype<int8_t>()) {
-    head.dtype = DType::i8;
-  } else {
-    throw std::invalid_argument("weight must be float32, uint16 (bf16) or int8");
-  }
-  require(x.shape(1) == head.columns, "x must have as many columns as weight");
-  require(
-      (head.dtype == DType::i8) == weight_scale.has_value() && (!weight_scale || weight_scale->shape(0) == head.rows),
-      "int8 weights, and no others, come with one scale for each row");
-  require(head.columns <= size_t{1} << 16, "weight must have at most 65536 columns");
-  head.data = static_cast<const uint8_t*>(weight.data());
-  head.scale = weight_scale ? weight_scale->data() : nullptr;
+  const DenseMatrix head = head_matrix(weight, weight_scale, x.shape(1));
   FloatOut out({x.shape(0), head.rows});
   head_rows(room, head, HeadInput(head, x.data(), x.shape(0)), {0, head.rows}, out.data());
   return out.cast();
@@ -283,7 +294,7 @@ void bind_kernels(nb::module_& m) {
         "code"_a, "act_scale"_a, nb::kw_only(), "isa"_a, "threads"_a = 1, "block_size"_a = 0);
   m.def("norm_quantize", &norm_quantize, "x"_a, "gain"_a.none(), "eps"_a, nb::kw_only(), "isa"_a,
         "rounding"_a = "divide");
-  m.def("attend", &attend, "query"_a, "key"_a, "value"_a, "scale"_a, nb::kw_only(), "isa"_a, "exact"_a = false,
+  m.def("attend", &attend, "query"_a, "key"_a, "value"_a, "scale"_a, nb::kw_only(), "isa"_a, "kv"_a = "fp16",
         "window"_a = 0);
   m.def("head_logits", &head_logits, "weight"_a, "weight_scale"_a.none(), "x"_a, nb::kw_only(), "isa"_a);
 }

@@ -195,6 +195,7 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
     }
   });
   worker.barrier();
+  work.end(Phase::embed, worker);
 
   const size_t hidden_blocks = ceil_div(config.intermediate_size, kRowBlock);
   LayerPass pass(model, chunk, work, worker);
@@ -202,23 +203,32 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
     const Layer& layer = model.layers()[i];
     const Linear* const reads_state[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
     pass.prepare(work.state.data(), work.state_stride, layer.attention_norm, reads_state);
+    work.end(Phase::norm, worker);
     project_qkv(model, layer, pass, work, worker);
     worker.barrier();
+    work.end(Phase::qkv, worker);
     run_attention(model, i, chunk, cache, work, worker);
     worker.barrier();
+    work.end(Phase::attention, worker);
     const Linear* const reads_attended[] = {&layer.o_proj};
     pass.prepare(work.attended.data(), work.query_stride, nullptr, reads_attended);
+    work.end(Phase::norm, worker);
     add_to_state(model, layer.o_proj, layer.attention_output_norm, pass.input(0), work, worker);
+    work.end(Phase::o_proj, worker);
     const Linear* const reads_mlp[] = {&layer.gate_proj, &layer.up_proj};
     pass.prepare(work.state.data(), work.state_stride, layer.mlp_norm, reads_mlp);
+    work.end(Phase::norm, worker);
     worker.deal(hidden_blocks, blocks_dealt(worker, hidden_blocks), [&](Range part) {
       gated_rows(room, config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), part,
                  work.hidden.data(), work.hidden_stride);
     });
     worker.barrier();
+    work.end(Phase::gate_up, worker);
     const Linear* const reads_hidden[] = {&layer.down_proj};
     pass.prepare(work.hidden.data(), work.hidden_stride, nullptr, reads_hidden);
+    work.end(Phase::norm, worker);
     add_to_state(model, layer.down_proj, layer.mlp_output_norm, pass.input(0), work, worker);
+    work.end(Phase::down_proj, worker);
     if (work.taps != nullptr && worker.index() == 0) {
       tap_states(work, "model.layers." + std::to_string(i), work.state.data(), chunk.count, config.hidden_size,
                  work.state_stride);

@@ -29,23 +29,24 @@ void run_head(const Model& model, size_t first, size_t count, Workspace& work, f
 void run_attention(const Model& model, size_t layer, const Chunk& chunk, KvCache& cache, Workspace& work,
                    Worker& worker);
 
-// In head.cc, also used on its own by tests.
+// In head.cc, also used on their own by tests.
 void table_row(const KernelTable& room, const DenseMatrix& table, size_t row, float* out);
-// x ~= high * high_scale + low * low_scale, to 15 bits: with it an int8 head costs two exact integer dot products and
-// adds no error of its own.
+// x ~= high * high_scale + low * low_scale, to 15 bits: with it a head of int8 or int4 costs two exact integer dot
+// products and adds no error of its own.
 struct SplitCodes {
-  SplitCodes(const float* x, size_t n);
-  std::vector<int8_t> high, low;
+  SplitCodes(const float* x, size_t n, size_t padded);
+  std::vector<int8_t> high, low;  // zero beyond n
   float high_scale, low_scale;
+  std::vector<int32_t> offset;  // what int4 weights, stored with 8 added, take off again: by group
 };
-// States [tokens][hidden_size] as a head takes them: split where it is int8.
+// States [tokens][hidden_size] as a head takes them: split where it is int8 or int4.
 struct HeadInput {
   HeadInput(const DenseMatrix& head, const float* x, size_t tokens);
   const float* x;
   size_t tokens;
   std::vector<SplitCodes> split;
 };
-// logits[t * vocabulary + r] of a range of rows.
+// logits[t * vocabulary + r] of a range of rows that starts at a multiple of kInt4Rows.
 void head_rows(const KernelTable& room, const DenseMatrix& head, const HeadInput& input, Range rows, float* logits);
 
 }  // namespace bitdistill

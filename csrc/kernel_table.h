@@ -22,6 +22,8 @@ constexpr size_t kMaxFeatures = 1u << 18;  // K: keeps every int32 accumulator b
 constexpr size_t kKeyBlock = 16;           // keys of a block of the key cache
 constexpr size_t kMaxTile = 12;            // tokens of a gemm tile
 constexpr size_t kAttendRows = 16;         // query rows of one call of attend
+constexpr size_t kInt4Rows = 16;           // rows of a block of an int4 table
+constexpr size_t kInt4Group = 64;          // features of an int4 row that share a scale
 
 // CPU features a room may require.
 enum Feature : uint32_t {
@@ -39,6 +41,7 @@ enum Feature : uint32_t {
 enum class Rounding { divide, multiply };  // x / (max / 127) or x * (127 / max)
 enum class Activation { silu, relu2, gelu_tanh };
 enum class Float { f32, bf16, f16 };
+enum class Cache { f32, f16, i8 };  // how keys and values are kept
 
 // dot products -> float: out[t * out_stride + r] (+)= dot[t * 32 + r] * (act_scale[t] * scale[r]) + bias[r]
 struct Dequantize {
@@ -63,7 +66,9 @@ struct Attend {
   const size_t* visible;
   const void* keys;
   const void* values;
-  bool half;  // fp16 keys and values, else fp32
+  Cache form;
+  const float* key_scale;    // i8: of each key; a multiple of 16 may be read
+  const float* value_scale;  // i8: of each value
   size_t head_dim;
   size_t padded_dim;  // head_dim rounded up to 16
   float* out;         // [rows][padded_dim]
@@ -117,6 +122,12 @@ struct KernelTable {
   // Two exact dot products per row of int8 weights: high[r], low[r] with two int8 vectors.
   void (*dot_i8)(const int8_t* weights, size_t rows, size_t k, const int8_t* high, const int8_t* low, int32_t* high_dot,
                  int32_t* low_dot);
+
+  // out[16 b + r] = sum over groups g of scale[b][g][r] * (254 H + L), H and L the exact dot products of row r's int4
+  // weights (nibble - 8) with high and low. A block is groups * 512 bytes, scales are bf16; offset[g] = -8 (254 sum
+  // high + sum low). Codes within 127: then 254 H + L is a whole number that a float holds.
+  void (*dot_i4)(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const int8_t* high,
+                 const int8_t* low, const int32_t* offset, float* out);
 
   // 64 multiply-adds per accumulator and step of the widest int8 dot product, on registers; returns multiply-adds done.
   uint64_t (*probe_int8)(uint64_t steps);

@@ -1,9 +1,9 @@
 // Keys and values of one sequence.
 //
 // Per layer and KV head: keys in blocks of 16 positions, transposed, [position / 16][head_dim][16]; values in rows of
-// padded_head_dim. fp16, or fp32 in exact mode. Room for the whole context is reserved; pages come when written, so
-// memory follows the text (small pages: one huge page in each of layers x heads x 2 regions would be more than short
-// texts need).
+// padded_head_dim. fp16; fp32; or int8 codes (absmax of each key and each value) with a scale for each. Room for the
+// whole context is reserved; pages come when written, so memory follows the text (small pages: one huge page in each of
+// layers x heads x 2 regions would be more than short texts need).
 #pragma once
 
 #include "config.h"
@@ -13,11 +13,10 @@ namespace bitdistill {
 
 class KvCache {
  public:
-  KvCache(const Config& config, size_t context, bool exact);
+  KvCache(const Config& config, size_t context, Cache form);
 
-  bool half() const { return half_; }
-  const void* keys(size_t layer, size_t head) const { return key_place(layer, head); }
-  const void* values(size_t layer, size_t head) const { return value_place(layer, head); }
+  // Points an attend call at one head of one layer.
+  void show(size_t layer, size_t head, Attend& args) const;
 
   // Stores one position's key and value of one head; `scratch` holds padded_head_dim halves.
   void store(const KernelTable& room, size_t layer, size_t head, size_t position, const float* key, const float* value,
@@ -27,12 +26,14 @@ class KvCache {
   uint64_t bytes(size_t positions) const;
 
  private:
-  uint8_t* key_place(size_t layer, size_t head) const { return pages_.data() + (layer * heads_ + head) * per_head_; }
-  uint8_t* value_place(size_t layer, size_t head) const { return key_place(layer, head) + key_bytes_; }
+  uint8_t* place(size_t layer, size_t head) const { return pages_.data() + (layer * heads_ + head) * per_head_; }
+  float* scales(uint8_t* head) const { return reinterpret_cast<float*>(head + value_at_ + value_bytes_); }
 
   size_t layers_, heads_, head_dim_, padded_dim_;
-  bool half_;
-  size_t key_bytes_, per_head_;
+  Cache form_;
+  size_t width_;      // bytes of an element
+  size_t positions_;  // a multiple of kKeyBlock
+  size_t value_at_, value_bytes_, per_head_;
   Pages pages_;
 };
 

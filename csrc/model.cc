@@ -140,16 +140,29 @@ class Loader {
 
   DenseMatrix dense(const TensorEntry& entry, size_t rows, size_t columns) {
     require_shape(entry, {rows, columns});
-    DenseMatrix matrix{.rows = rows, .columns = columns, .dtype = entry.dtype};
-    return matrix;
+    return {.rows = rows, .columns = columns, .form = entry.dtype == DType::bf16 ? Form::bf16 : Form::f32};
   }
 
   DenseMatrix table(const std::string& name, size_t rows, size_t columns, uint64_t& bytes) {
     const TensorEntry& entry = take(name + ".weight");
-    if (entry.dtype == DType::u8) throw std::invalid_argument(describe(entry) + ": expected BF16, F32 or I8");
-    DenseMatrix matrix = dense(entry, rows, columns);
-    if (entry.dtype == DType::i8) matrix.scale = scales(take(name + ".weight_scale"), {rows, 1});
     DenseMatrix& kept = name == "lm_head" ? model_.head_ : model_.embedding_;
+    DenseMatrix matrix{.rows = rows, .columns = columns};
+    if (entry.dtype == DType::u8) {
+      matrix.form = Form::int4;
+      const size_t blocks = ceil_div(rows, kInt4Rows);
+      require_shape(entry, {blocks, matrix.groups(), kInt4Rows * kInt4Group / 2});
+      const TensorEntry& scale = take(name + ".weight_scale");
+      require_shape(scale, {blocks, matrix.groups(), kInt4Rows});
+      if (scale.dtype != DType::bf16) throw std::invalid_argument(describe(scale) + ": expected BF16");
+      place(scale, nullptr, scale.nbytes, kept.group_scale);
+      bytes += scale.nbytes;
+    } else if (entry.dtype == DType::i8) {
+      matrix.form = Form::int8;
+      require_shape(entry, {rows, columns});
+      matrix.scale = scales(take(name + ".weight_scale"), {rows, 1});
+    } else {
+      matrix = dense(entry, rows, columns);
+    }
     place(entry, nullptr, entry.nbytes, kept.data);
     bytes += entry.nbytes;
     return matrix;
@@ -275,6 +288,7 @@ class Loader {
     }
     model_.source_->read(*job.entry, job.begin, job.count, to);
     *job.checksum += partial_checksum(to, job.begin, job.count);
+    if (job.entry->name.ends_with("_scale")) check_group_scales(job, to);
     if (job.ternary == nullptr) return;
     if (*std::max_element(to, to + job.count) > kLastByte) {
       throw std::invalid_argument(describe(*job.entry) + ": a byte above 242 is not five trits; the file is damaged");
@@ -285,6 +299,16 @@ class Loader {
     const size_t first = job.begin / in_segment;
     for (size_t i = 0; i < job.count / in_segment; ++i) {
       model_.room_.repack(to + i * in_segment, m.segment, job.out + (first + i) * out_segment);
+    }
+  }
+
+  // bf16 bits: positive and finite is a range of whole numbers.
+  static void check_group_scales(const Job& job, const uint8_t* bytes) {
+    for (size_t i = 0; i < job.count; i += 2) {
+      const auto bits = static_cast<uint16_t>(bytes[i] | bytes[i + 1] << 8);
+      if (bits != 0 && bits < 0x7f80) continue;
+      throw std::invalid_argument(describe(*job.entry) + ": scale " + std::to_string((job.begin + i) / 2) +
+                                  " is not positive and finite");
     }
   }
 
@@ -306,12 +330,14 @@ Model::Model(std::unique_ptr<TensorSource> source, const std::vector<TensorEntry
   Loader(*this, tensors).load();
 }
 
-uint64_t Model::decode_bytes(size_t context) const {
+uint64_t Model::decode_bytes(size_t context, Cache form) const {
+  const uint64_t scale_bytes = form == Cache::i8 ? config_.num_key_value_heads * sizeof(float) : 0;
+  const uint64_t key_bytes = config_.key_size() * (form == Cache::i8 ? 1 : form == Cache::f16 ? 2 : 4) + scale_bytes;
   uint64_t kv = 0;
   for (const LayerAttention& layer : config_.attention) {
-    kv += uint64_t{2} * 2 * config_.key_size() * (layer.window == 0 ? context : std::min(context, layer.window));
+    kv += 2 * key_bytes * (layer.window == 0 ? context : std::min(context, layer.window));
   }
-  const uint64_t head = head_.rows * head_.row_bytes() + (head_.dtype == DType::i8 ? 4 * head_.rows : 0);
+  const uint64_t head = head_.rows * (head_.row_bytes() + head_.scale_bytes());
   return memory_.ternary + memory_.scales + memory_.dense + memory_.norms + head + embedding_.row_bytes() + kv;
 }
 

@@ -31,15 +31,25 @@ struct TernaryMatrix {
   }
 };
 
-// [rows][columns] as in the file: embedding, head, linears left in full precision.
+enum class Form { f32, bf16, int8, int4 };
+
+// [rows][columns] as in the file: embedding, head, linears left in full precision (f32 or bf16).
 struct DenseMatrix {
   size_t rows = 0, columns = 0;
-  DType dtype = DType::f32;
+  Form form = Form::f32;
   const uint8_t* data = nullptr;
-  const float* scale = nullptr;  // [rows], where dtype is i8
+  const float* scale = nullptr;          // int8: [rows]
+  const uint8_t* group_scale = nullptr;  // int4: bf16 [blocks][groups][16], wherever the file has it
 
-  size_t row_bytes() const { return columns * size_of(dtype); }
-  Float float_type() const { return dtype == DType::bf16 ? Float::bf16 : Float::f32; }
+  size_t groups() const { return ceil_div(columns, kInt4Group); }
+  size_t row_bytes() const {  // int4: an average, rows of a block are interleaved
+    return form == Form::int4 ? groups() * kInt4Group / 2
+                              : columns * (form == Form::int8   ? 1
+                                           : form == Form::bf16 ? 2
+                                                                : 4);
+  }
+  size_t scale_bytes() const { return form == Form::int4 ? groups() * 2 : form == Form::int8 ? 4 : 0; }  // of a row
+  Float float_type() const { return form == Form::bf16 ? Float::bf16 : Float::f32; }
 };
 
 struct Linear {
@@ -83,8 +93,8 @@ class Model {
   const DenseMatrix& head() const { return head_; }
   const float* final_norm() const { return final_norm_; }
   const ModelMemory& memory() const { return memory_; }
-  // Bytes that one decode step reads: weights, head, one embedding row, and fp16 keys and values of `context` tokens.
-  uint64_t decode_bytes(size_t context) const;
+  // Bytes that one decode step reads: weights, head, one embedding row, and the keys and values of `context` tokens.
+  uint64_t decode_bytes(size_t context, Cache kv) const;
 
  private:
   friend class Loader;

@@ -29,10 +29,10 @@ float log_probability(const float* logits, size_t count, int32_t token) {
 
 }  // namespace
 
-Session::Session(std::shared_ptr<const Model> model, size_t context, bool exact)
+Session::Session(std::shared_ptr<const Model> model, size_t context, Cache kv)
     : model_(std::move(model)),
       context_(checked_context(*model_, context)),
-      cache_(model_->config(), context_, exact),
+      cache_(model_->config(), context_, kv),
       work_(model_->config(), model_->room(), model_->pool().size()),
       logits_(model_->config().vocab_size) {}
 
@@ -55,11 +55,13 @@ template <class AfterChunk>
 void Session::feed(std::span<const int32_t> tokens, AfterChunk&& after_chunk) {
   for (size_t done = 0; done < tokens.size();) {
     const Chunk chunk{tokens.data() + done, std::min(kChunk, tokens.size() - done), stored_};
+    if (profile_) profile_->begin();
     rotary_table(model_->config(), chunk, work_);
     model_->pool().run([&](Worker& worker) {
       run_layers(*model_, chunk, cache_, work_, worker);
       after_chunk(worker, done, chunk.count);
     });
+    if (profile_) profile_->end(Phase::head);
     stored_ += chunk.count;
     done += chunk.count;
   }
@@ -161,6 +163,12 @@ Finish Session::decode(Sampler& sampler, size_t max_new_tokens, std::span<const 
     has_logits_ = false;
   }
   return position() >= context_ ? Finish::context : Finish::length;
+}
+
+void Session::start_profile() {
+  const std::lock_guard lock(mutex_);
+  profile_.emplace();
+  work_.profile = &*profile_;
 }
 
 void Session::truncate(size_t position) {

@@ -15,7 +15,7 @@ enum class Finish { stop, length, context };
 class Session {
  public:
   // context 0: the model's. Throws std::invalid_argument.
-  Session(std::shared_ptr<const Model> model, size_t context, bool exact);
+  Session(std::shared_ptr<const Model> model, size_t context, Cache kv);
 
   const Model& model() const { return *model_; }
   size_t position() const { return stored_ + (pending_ ? 1 : 0); }
@@ -29,6 +29,9 @@ class Session {
   void score(std::span<const int32_t> tokens, size_t first, float* out);
   Finish decode(Sampler& sampler, size_t max_new_tokens, std::span<const int32_t> stop, std::vector<int32_t>& out);
   void truncate(size_t position);
+  // Counts the time of each phase from here on; what was counted before is forgotten.
+  void start_profile();
+  const std::optional<Profile>& profile() const { return profile_; }
 
  private:
   void check(std::span<const int32_t> tokens) const;
@@ -42,6 +45,7 @@ class Session {
   size_t context_;
   KvCache cache_;
   Workspace work_;
+  std::optional<Profile> profile_;
   std::mutex mutex_;  // a second thread's call waits
   size_t stored_ = 0;
   std::optional<int32_t> pending_;  // generated, not yet fed

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "linear.h"
+#include "profile.h"
 
 namespace bitdistill {
 
@@ -57,6 +58,11 @@ struct Workspace {
   Array<float> floats;           // [kInputs][tokens][widest], for dense linears
   std::vector<Scratch> scratch;  // one per thread
   Taps* taps = nullptr;
+  Profile* profile = nullptr;
+
+  void end(Phase phase, const Worker& worker) const {
+    if (profile != nullptr && worker.index() == 0) profile->end(phase);
+  }
 };
 
 }  // namespace bitdistill

@@ -20,7 +20,8 @@ from bitdistill.recipe import load_recipe
 
 RECORD = {
     "shape", "threads", "phase", "tokens", "batch", "tok_s", "roofline_share", "probe_gb_s", "probe_gmac_s",
-    "head_bits", "weight_bits", "peak_rss_bytes", "first_token_s", "versus",
+    "head_bits",
+    "kv", "weight_bits", "peak_rss_bytes", "first_token_s", "versus",
 }  # fmt: skip
 
 
@@ -95,7 +96,7 @@ def test_eval_in_the_engine_is_torchs(
 ) -> None:
     folder, _ = packed
     found = {}
-    for name, arguments in (("engine", (folder, "--engine", "--exact")), ("torch", (student,))):
+    for name, arguments in (("engine", (folder, "--engine", "--kv-cache", "fp32")), ("torch", (student,))):
         outcome = cli("eval", project, *arguments, "--json", tmp_path / f"{name}.json")
         assert outcome.status == 0, outcome.err
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())
@@ -107,7 +108,7 @@ def test_perplexity_in_the_engine_is_torchs(
     cli: Callable[..., Any], packed: tuple, project: Path, student: Path, tmp_path: Path
 ) -> None:
     found = {}
-    for name, arguments in (("engine", (packed[0], "--engine", "--exact")), ("torch", (student,))):
+    for name, arguments in (("engine", (packed[0], "--engine", "--kv-cache", "fp32")), ("torch", (student,))):
         outcome = cli("eval", project, *arguments, "--perplexity", "--json", tmp_path / f"{name}.json")
         assert outcome.status == 0, outcome.err
         found[name] = json.loads((tmp_path / f"{name}.json").read_text())["perplexity"]
@@ -137,11 +138,11 @@ def test_a_finished_student_is_recorded_beside_torch_and_full_precision(
         (("generate", "{packed}", "x", "--top-p", "2"), "top_p"),
         (("generate", "{student}", "x"), "not an exported model"),
         (("eval", "{project}", "{student}", "--engine"), "not an exported model"),
-        (("eval", "{project}", "{student}", "--exact"), "give it with --engine"),
+        (("eval", "{project}", "{student}", "--kv-cache", "fp32"), "give it with --engine"),
         (("export", "{student}", "{student}"), "is there already"),
         (("bench",), "name an exported model or a --shape"),
         (("bench", "--shape", "gpt-5"), "--shape gpt-5: use one of"),
-        (("bench", "--shape", "qwen3-0.6b", "--head", "int4"), "--head int4"),
+        (("bench", "--shape", "qwen3-0.6b", "--head", "int3"), "--head int3"),
         (("bench", "--shape", "qwen3-0.6b", "--threads", "0"), "--threads 0"),
         (("bench", "--shape", "qwen3-0.6b", "--versus", "vllm"), "the one peer is llama.cpp"),
         (("bench", "{packed}", "--versus", "llama.cpp"), "name one"),
@@ -166,6 +167,19 @@ def test_bench_writes_records(packed: tuple) -> None:
         assert record["tok_s"] > 0
         assert record["roofline_share"] > 0
         assert record["peak_rss_bytes"] > 1 << 20
+
+
+def test_a_profile_accounts_for_the_time_and_the_work(packed: tuple) -> None:
+    records = run_bench(packed[0], None, [1], kv="int8", profile=True)
+    for record in records:
+        assert record["kv"] == "int8"
+        profile = record["profile"]
+        assert sum(phase["time_share"] for phase in profile.values()) == pytest.approx(1)
+        assert all(phase["ms_per_token"] >= 0 for phase in profile.values())
+        linears = {"qkv", "o_proj", "gate_up", "down_proj"}
+        bound = {name for name, phase in profile.items() if phase["roofline_share"] is not None}
+        assert bound == (linears if record["phase"] == "prefill" else linears | {"head"})
+        assert all(profile[name]["roofline_share"] > 0 for name in bound)
 
 
 def test_shapes_have_the_published_sizes() -> None:

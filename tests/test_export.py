@@ -92,6 +92,44 @@ def test_int8_rows_are_absmax(save_student: Callable[..., Path], tmp_path: Path)
     assert (np.abs(weight - code * scale) <= 0.5001 * scale).all()
 
 
+def test_int4_groups_are_no_worse_than_absmax(save_student: Callable[..., Path], tmp_path: Path) -> None:
+    source = save_student(tmp_path / "student", "llama", {}, tie_word_embeddings=False)
+    model = load_model(source)
+    with torch.no_grad():
+        model.lm_head.weight[5] = 0  # padding
+        model.lm_head.weight[6, 3] = 40  # an outlier
+    model.save_pretrained(source)
+    export(source, tmp_path / "out", head="int4")
+    weight = load_model(source).lm_head.weight.detach().numpy().astype(np.float64)
+    stored = {
+        name: np.frombuffer(
+            (tmp_path / "out" / "model.safetensors").read_bytes()[e.offset :][: e.nbytes],
+            {"U8": np.uint8, "BF16": np.uint16}[e.dtype],
+        ).reshape(e.shape)
+        for name, e in read_header(tmp_path / "out" / "model.safetensors").items()
+        if name.startswith("lm_head")
+    }
+    code = layout.unpack_int4(stored["lm_head.weight"], *weight.shape)
+    scale = (stored["lm_head.weight_scale"].astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    scale = scale.transpose(0, 2, 1).reshape(-1, scale.shape[1])[: len(weight)]
+    assert (scale > 0).all()
+    assert not code[5].any()
+
+    def errors(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        padded = np.zeros((len(weight), scale.shape[1] * 64))
+        padded[:, : weight.shape[1]] = codes * scales.repeat(64, 1)[:, : weight.shape[1]] - weight
+        return (padded.reshape(len(weight), -1, 64) ** 2).sum(2)
+
+    padded = np.zeros((len(weight), scale.shape[1] * 64))
+    padded[:, : weight.shape[1]] = weight
+    absmax = np.abs(padded).reshape(len(weight), -1, 64).max(2).clip(1e-30) / 7
+    absmax = torch.from_numpy(absmax).bfloat16().double().numpy()  # as the page asks
+    plain = np.round(weight / absmax.repeat(64, 1)[:, : weight.shape[1]])
+    found, reference = errors(code, scale), errors(plain, absmax)
+    assert (found <= reference * 1.0001 + 1e-12).all()
+    assert found.sum() < 0.97 * reference.sum()
+
+
 def test_config_says_how_to_read_it(made: tuple[Path, Path]) -> None:
     source, out = made
     config, student = (json.loads((folder / "config.json").read_text()) for folder in (out, source))
@@ -244,7 +282,7 @@ def test_refusals(llama: Path, student: Path, save_student: Callable[..., Path],
             export(source, out)
         assert not out.exists()
     for options, message in (
-        ({"head": "int4"}, "--head int4: use one of"),
+        ({"head": "int3"}, "--head int3: use one of"),
         ({"head": "int8", "embedding": "bf16"}, "give one form"),
     ):
         with pytest.raises(ConfigError, match=message):

@@ -63,7 +63,7 @@ def oracle(folders) -> HFLM:
 def ours(request, folders) -> Any:
     if request.param == "torch":
         return TorchLM(str(folders[0]), max_length=CONTEXT)
-    return EngineLM(str(folders[1]), exact=True, max_length=CONTEXT)
+    return EngineLM(str(folders[1]), kv_cache="fp32", max_length=CONTEXT)
 
 
 def requests_of(kind: str, *arguments: tuple) -> list[Instance]:
@@ -200,7 +200,7 @@ def test_the_verb_gives_lm_evals_results_on_local_tasks(cli, folders, tasks, ora
     )
     assert len(expected) == 5
     assert 0 < expected["write/exact_match,none"] < 1
-    for source, exact in zip(folders, ((), ("--exact",)), strict=True):
+    for source, exact in zip(folders, ((), ("--kv-cache", "fp32")), strict=True):
         path = tmp_path / f"{source.name}.json"
         arguments = ("--tasks", ",".join(TASKS), "--include-path", tasks, "--json", path)
         outcome = cli("lm-eval", source, *arguments, *exact)

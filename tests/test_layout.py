@@ -84,6 +84,18 @@ def test_unpack_refuses_another_shape_and_bytes_that_are_not_five_trits() -> Non
         layout.unpack(packed, 2, 24)
 
 
+@given(rows=st.integers(1, 40), columns=st.integers(1, 300), seed=st.integers(0, 99))
+def test_int4_codes_come_back_and_lie_where_the_page_says(rows: int, columns: int, seed: int) -> None:
+    code = np.random.default_rng(seed).integers(-8, 8, (rows, columns)).astype(np.int8)
+    packed = layout.pack_int4(code)
+    assert packed.shape == layout.int4_shape(rows, columns)
+    np.testing.assert_array_equal(layout.unpack_int4(packed, rows, columns), code)
+    for row in range(rows):
+        for k in (0, columns // 2, columns - 1):
+            byte = int(packed[row // 16, k // 64, k % 64 // 8 * 64 + row % 16 * 4 + k % 4])
+            assert (byte >> 4 if k % 8 >= 4 else byte & 15) == code[row, k] + 8
+
+
 @given(st.binary(max_size=200))
 def test_checksum_is_the_stated_sum(data: bytes) -> None:
     padded = data + bytes(-len(data) % 8)

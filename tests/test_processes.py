@@ -122,19 +122,25 @@ def test_a_pair_that_lost_a_process_continues_to_the_same_weights_bit_for_bit(
         assert untimed(folder / step) == untimed(two[0] / step)
 
 
-def test_another_number_of_processes_is_refused_once_with_the_remedy(
-    python, cli, project, qwen3, output, one, two
-):
-    refusal = "was made with other settings (training.processes: {} there, {} now). Nothing was changed."
-    alone = cli(*command(project, qwen3, output / "two", batch_size=4))
-    pair = python("-m", "bitdistill", *command(project, qwen3, output / "one", batch_size=8), processes=2)
-    assert alone.status == 1
-    assert pair.returncode != 0
-    for text, there, now in ((alone.err, 2, 1), (pair.stderr, 1, 2)):
-        messages = [line for line in text.splitlines() if line.startswith("error: ")]
-        assert len(messages) == 1
-        assert refusal.format(there, now) in messages[0]
-        assert "start as many as before" in messages[0]
+def test_a_finished_run_is_that_of_its_recipe_whatever_the_processes(cli, project, qwen3, two):
+    """Begun on two, asked for on one: every step is there already, and nothing is made anew."""
+    folder, _ = two
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")}
+    outcome = cli(*command(project, qwen3, folder.parent, batch_size=4))
+    assert outcome.status == 0, outcome.err
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("model.safetensors")} == before
+    assert len(before) == 4
+
+
+def test_a_new_step_of_a_run_keeps_the_global_batch_of_the_others(cli, project, qwen3, two):
+    """Otherwise the methods of one table would be trained with different batches."""
+    folder, _ = two
+    more = ("--set", "run.methods=['fp16_sft', 'bitnet_sft']")
+    outcome = cli(*command(project, qwen3, folder.parent, batch_size=4), *more)
+    assert outcome.status == 0, outcome.err
+    assert len(log(folder / "bitnet_sft")) == STEPS["fp16_sft"]
+    training = json.loads((folder / "bitnet_sft" / "run.json").read_text())["settings"]["training"]
+    assert (training["batch_size"], training["processes"]) == (4, 2)
 
 
 def test_a_resume_cannot_change_the_precision_in_silence(cli, project, qwen3, output, monkeypatch):

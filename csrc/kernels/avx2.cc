@@ -37,6 +37,9 @@ struct Avx2 {
   static Reg load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
+  static Reg load_i8(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
   static void store_f16(uint16_t* p, Reg x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -202,6 +205,49 @@ void dot_i8(const int8_t* weights, size_t rows, size_t k, const int8_t* high, co
   }
 }
 
+// Dot products of eight rows' nibbles, four each, with four codes, as pairs in int16 lanes.
+inline __m256i four_i4(__m256i nibbles, const int8_t* codes) {
+  int32_t four;
+  __builtin_memcpy(&four, codes, 4);
+  return _mm256_maddubs_epi16(nibbles, _mm256_set1_epi32(four));
+}
+static_assert(8 * 2 * 15 * 127 <= 32767, "an int16 lane adds eight pairs of products before it is widened");
+
+void dot_i4(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const int8_t* high,
+            const int8_t* low, const int32_t* offset, float* out) {
+  const __m256i nibble = _mm256_set1_epi8(15), one = _mm256_set1_epi16(1), factor = _mm256_set1_epi16(254);
+  constexpr size_t kHalves = kInt4Rows / Avx2::kWidth;
+  for (size_t b = 0; b < blocks; ++b, out += kInt4Rows) {
+    __m256 acc[kHalves] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    for (size_t g = 0; g < groups; ++g, weights += 512, scale += kInt4Rows) {
+      __m256i sum[kHalves] = {_mm256_set1_epi32(offset[g]), _mm256_set1_epi32(offset[g])};
+      for (size_t i = 0; i < kInt4Group; i += 32) {  // as many as an int16 lane can add up
+        __m256i h[kHalves] = {}, l[kHalves] = {};
+        for (size_t j = i; j < i + 32; j += 8) {
+          const int8_t* x = high + g * kInt4Group + j;
+          const int8_t* y = low + g * kInt4Group + j;
+          for (size_t half = 0; half < kHalves; ++half) {
+            const __m256i bytes = load(weights + j * 8 + half * 32);
+            const __m256i first = _mm256_and_si256(bytes, nibble);
+            const __m256i second = _mm256_and_si256(_mm256_srli_epi16(bytes, 4), nibble);
+            h[half] = _mm256_add_epi16(h[half], _mm256_add_epi16(four_i4(first, x), four_i4(second, x + 4)));
+            l[half] = _mm256_add_epi16(l[half], _mm256_add_epi16(four_i4(first, y), four_i4(second, y + 4)));
+          }
+        }
+        for (size_t half = 0; half < kHalves; ++half) {
+          sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(h[half], factor));
+          sum[half] = _mm256_add_epi32(sum[half], _mm256_madd_epi16(l[half], one));
+        }
+      }
+      for (size_t half = 0; half < kHalves; ++half) {
+        const __m256 scales = Avx2::load_bf16(scale + half * Avx2::kWidth);
+        acc[half] = _mm256_fmadd_ps(scales, _mm256_cvtepi32_ps(sum[half]), acc[half]);
+      }
+    }
+    for (size_t half = 0; half < kHalves; ++half) Avx2::store(out + half * Avx2::kWidth, acc[half]);
+  }
+}
+
 uint64_t probe_int8(uint64_t steps) {
   const uint64_t rounds = steps / 16 + 1;
   uint64_t left = rounds;
@@ -255,6 +301,7 @@ constexpr KernelTable kTable = {
     .narrow_f16 = narrow_f16<Avx2>,
     .dense = dense<Avx2>,
     .dot_i8 = dot_i8,
+    .dot_i4 = dot_i4,
     .probe_int8 = probe_int8,
     .probe_read = probe_read,
 };

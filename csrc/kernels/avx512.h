@@ -37,6 +37,9 @@ struct Avx512 {
   static Reg load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
+  static Reg load_i8(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
   static void store_f16(uint16_t* p, Reg x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -87,6 +90,40 @@ void dot_i8(const int8_t* weights, size_t rows, size_t k, const int8_t* high, co
     if (whole < k) step(whole, tail, acc[0], acc[1]);
     high_dot[r] = _mm512_reduce_add_epi32(_mm512_add_epi32(acc[0], acc[2])) - high_excess;
     low_dot[r] = _mm512_reduce_add_epi32(_mm512_add_epi32(acc[1], acc[3])) - low_excess;
+  }
+}
+
+// Lanes are rows: 64 bytes hold eight features of sixteen rows, low nibbles the first four.
+void dot_i4(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const int8_t* high,
+            const int8_t* low, const int32_t* offset, float* out) {
+  const __m512i nibble = _mm512_set1_epi8(15), factor = _mm512_set1_epi32(254);
+  const auto four = [](const int8_t* codes) __attribute__((always_inline)) {
+    int32_t bits;
+    __builtin_memcpy(&bits, codes, 4);
+    return _mm512_set1_epi32(bits);
+  };
+  for (size_t b = 0; b < blocks; ++b, out += kInt4Rows) {
+    __m512 acc = _mm512_setzero_ps();
+    for (size_t g = 0; g < groups; ++g, weights += 512, scale += kInt4Rows) {
+      // Two sums of each: one would wait for the latency of a dot product at each step.
+      __m512i h[2] = {_mm512_setzero_si512(), _mm512_setzero_si512()};
+      __m512i l[2] = {_mm512_set1_epi32(offset[g]), _mm512_setzero_si512()};
+      for (size_t i = 0; i < kInt4Group; i += 8) {
+        const int8_t* x = high + g * kInt4Group + i;
+        const int8_t* y = low + g * kInt4Group + i;
+        const __m512i bytes = _mm512_loadu_si512(weights + 8 * i);
+        const __m512i first = _mm512_and_si512(bytes, nibble);
+        const __m512i second = _mm512_and_si512(_mm512_srli_epi16(bytes, 4), nibble);
+        h[0] = _mm512_dpbusd_epi32(h[0], first, four(x));
+        h[1] = _mm512_dpbusd_epi32(h[1], second, four(x + 4));
+        l[0] = _mm512_dpbusd_epi32(l[0], first, four(y));
+        l[1] = _mm512_dpbusd_epi32(l[1], second, four(y + 4));
+      }
+      const __m512i high_dot = _mm512_mullo_epi32(_mm512_add_epi32(h[0], h[1]), factor);
+      const __m512i dot = _mm512_add_epi32(high_dot, _mm512_add_epi32(l[0], l[1]));
+      acc = _mm512_fmadd_ps(Avx512::load_bf16(scale), _mm512_cvtepi32_ps(dot), acc);
+    }
+    _mm512_storeu_ps(out, acc);
   }
 }
 
@@ -234,6 +271,6 @@ inline __m512i sum_of_fields(__m512i f0, __m512i f1, __m512i f2, __m512i f3) {
 #define BD_AVX512_FLOAT_KERNELS                                                                                       \
   .dequantize = dequantize<Avx512>, .rms_norm = rms_norm<Avx512>, .quantize = quantize<Avx512>, .gate = gate<Avx512>, \
   .attend = attend<Avx512, kAttendTile>, .widen = widen<Avx512>, .narrow_f16 = narrow_f16<Avx512>,                    \
-  .dense = dense<Avx512>, .dot_i8 = dot_i8, .probe_int8 = probe_int8, .probe_read = probe_read
+  .dense = dense<Avx512>, .dot_i8 = dot_i8, .dot_i4 = dot_i4, .probe_int8 = probe_int8, .probe_read = probe_read
 
 }  // namespace

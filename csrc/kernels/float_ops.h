@@ -2,9 +2,9 @@
 // tails and for the scalar room. Included by a room after its vector type; everything here is local to the room.
 //
 // V has: Reg, kWidth, set, load, store, add, sub, mul, div, max, fma (a * b + c), abs, round (to nearest, ties to
-// even), pow2 (2^n for integral n in [-126, 127]), load_bf16, load_f16, store_f16, store_i8 (of integral values in
-// int8's range), sum, highest. Loads and stores need no alignment. Rooms are compiled with -ffp-contract=off: what is
-// fused is said, so that a tail rounds as the vectors do.
+// even), pow2 (2^n for integral n in [-126, 127]), load_bf16, load_f16, load_i8, store_f16, store_i8 (of integral
+// values in int8's range), sum, highest. Loads and stores need no alignment. Rooms are compiled with -ffp-contract=off:
+// what is fused is said, so that a tail rounds as the vectors do.
 #pragma once
 
 #include "../kernel_table.h"
@@ -13,9 +13,12 @@ namespace {
 
 using bitdistill::Activation;
 using bitdistill::Attend;
+using bitdistill::Cache;
 using bitdistill::Dequantize;
 using bitdistill::Float;
 using bitdistill::kAttendRows;
+using bitdistill::kInt4Group;
+using bitdistill::kInt4Rows;
 using bitdistill::kKeyBlock;
 using bitdistill::kRowBlock;
 using bitdistill::kScoreKeys;
@@ -84,6 +87,7 @@ struct Scalar {
     return bits_to_float(static_cast<uint32_t>(half) << 16);
   }
   static Reg load_f16(const uint16_t* p) { return f16_to_float(*p); }
+  static Reg load_i8(const int8_t* p) { return static_cast<float>(*p); }
   static void store_f16(uint16_t* p, Reg x) { *p = float_to_f16(x); }
   static void store_i8(int8_t* p, Reg x) {
     *p = static_cast<int8_t>(x > -128.0f ? (x < 127.0f ? x : 127.0f) : -128.0f);

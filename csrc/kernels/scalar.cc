@@ -57,6 +57,25 @@ void dot_i8(const int8_t* weights, size_t rows, size_t k, const int8_t* high, co
   }
 }
 
+void dot_i4(const uint8_t* weights, const uint16_t* scale, size_t blocks, size_t groups, const int8_t* high,
+            const int8_t* low, const int32_t* offset, float* out) {
+  for (size_t b = 0; b < blocks; ++b) {
+    for (size_t r = 0; r < kInt4Rows; ++r) {
+      float sum = 0;
+      for (size_t g = 0; g < groups; ++g) {
+        const uint8_t* bytes = weights + (b * groups + g) * kInt4Group / 2 * kInt4Rows + 4 * r;
+        int32_t dot = offset[g];
+        for (size_t i = 0; i < kInt4Group; ++i) {
+          const int32_t nibble = bytes[i / 8 * 64 + i % 4] >> i / 4 % 2 * 4 & 15;
+          dot += nibble * (254 * high[g * kInt4Group + i] + low[g * kInt4Group + i]);
+        }
+        sum += Scalar::load_bf16(scale + (b * groups + g) * kInt4Rows + r) * static_cast<float>(dot);
+      }
+      out[b * kInt4Rows + r] = sum;
+    }
+  }
+}
+
 uint64_t probe_int8(uint64_t steps) {
   volatile int32_t keep;
   int32_t sum = 0;
@@ -97,6 +116,7 @@ constexpr KernelTable kTable = {
     .narrow_f16 = narrow_f16<Scalar>,
     .dense = dense<Scalar>,
     .dot_i8 = dot_i8,
+    .dot_i4 = dot_i4,
     .probe_int8 = probe_int8,
     .probe_read = probe_read,
 };

@@ -126,7 +126,7 @@ class Model:
         """Bytes by part: ``ternary``, ``scales``, ``dense`` (skipped linears), ``norms`` (and biases), ``embedding``,
         ``head`` (0 when tied), ``mapped`` (of all these, file pages)."""
 
-    def decode_bytes(self, context: int = 0) -> int:
+    def decode_bytes(self, context: int = 0, kv: str = "fp16") -> int:
         """Bytes that one decode step reads from memory: weights, head, and an fp16 KV cache of ``context`` tokens."""
 
 # --- text ---
@@ -148,11 +148,19 @@ class Sampler:
 class Session:
     """One sequence: its KV cache and its position.
 
-    ``exact`` keeps keys and values in fp32 (else fp16). The cache grows with the text, up to ``context`` tokens.
+    ``kv`` is how keys and values are kept: fp16, int8 or fp32. The cache grows with the text, up to ``context`` tokens.
     """
 
-    def __init__(self, model: Model, *, context: int = 0, exact: bool = False) -> None:
+    def __init__(self, model: Model, *, context: int = 0, kv: str = "fp16") -> None:
         """``context`` 0: the model's ``max_context``, which is also the most it may be."""
+
+    def start_profile(self) -> None:
+        """Count the time of each phase from here on; what was counted before is forgotten."""
+
+    @property
+    def profile(self) -> dict[str, float]:
+        """Seconds of forward passes by phase: embed, norm (with quantisation), qkv, attention, o_proj, gate_up,
+        down_proj, head. Empty before ``start_profile``."""
 
     @property
     def position(self) -> int:
@@ -256,7 +264,7 @@ def attend(
     scale: float,
     *,
     isa: str,
-    exact: bool = False,
+    kv: str = "fp16",
     window: int = 0,
 ) -> NDArray[np.float32]:
     """Causal attention ``[M, H, E]`` of the last M of T positions; key and value ``[T, KV, E]`` go through a cache.
@@ -265,6 +273,10 @@ def attend(
     """
 
 def head_logits(
-    weight: NDArray[Any], weight_scale: NDArray[np.float32] | None, x: NDArray[np.float32], *, isa: str
+    weight: NDArray[Any], weight_scale: NDArray[Any] | None, x: NDArray[np.float32], *, isa: str
 ) -> NDArray[np.float32]:
-    """``[M, V]`` logits of states ``[M, D]``; weight F32, BF16 (as uint16) or I8 with scales ``[V]``."""
+    """``[M, V]`` logits of states ``[M, D]``.
+
+    Weight: F32 or BF16 (as uint16) ``[V, D]``; I8 with F32 scales ``[V]``; int4 as uint8
+    ``[V / 16, D / 64, 512]`` with BF16 scales ``[V / 16, D / 64, 16]``, see ``layout.pack_int4``.
+    """

@@ -22,7 +22,6 @@ from .errors import CheckpointError
 RUN_FILE = "run.json"
 _WEIGHT_SUFFIXES = (".safetensors", ".bin")
 _TO_CONTINUE = {
-    "training.processes": "The global batch depends on the processes: start as many as before to continue it.",
     "training.precision": "Set its precision to the one it was made with to continue it.",
 }
 """What to do about settings that the machine or its launcher decides."""
@@ -85,6 +84,22 @@ def read_run(folder: str | Path) -> dict[str, Any]:
         ) from error
 
 
+def processes_begun_with(output: Path, run_dir: Path) -> int | None:
+    """Processes whose global batch a step is to keep: its own where it has a checkpoint, else those of its run.
+
+    None where neither has begun.
+    """
+    step = Step(output, {})
+    own = output if step.is_done else step.partial if step.has_checkpoint else None
+    folders = [own] if own else sorted(path.parent for path in run_dir.rglob(RUN_FILE))
+    for folder in folders:
+        record = read_run(folder)
+        processes = record["settings"].get("training", {}).get("processes")
+        if processes and (own or record["status"] == "done"):
+            return int(processes)
+    return None
+
+
 def provenance() -> dict[str, Any]:
     """Versions, machine and git revision, for the record beside every result."""
     versions = {"python": platform.python_version()}
@@ -143,13 +158,17 @@ class Step:
     def is_done(self) -> bool:
         return (self.output / RUN_FILE).is_file()
 
+    @property
+    def has_checkpoint(self) -> bool:
+        return any(self.partial.glob(self.progress))
+
     def begin(self) -> None:
         """Make or reopen the working folder. One that stopped before its first checkpoint is made anew.
 
         Raises:
             CheckpointError: the folder was made with other settings, or holds something else.
         """
-        if (self.partial / RUN_FILE).is_file() and not any(self.partial.glob(self.progress)):
+        if (self.partial / RUN_FILE).is_file() and not self.has_checkpoint:
             shutil.rmtree(self.partial)
         for folder in (self.output, self.partial):
             if (folder / RUN_FILE).is_file():

@@ -68,7 +68,16 @@ def root(
         format="%(message)s",
         handlers=[RichHandler(console=stderr, show_path=debug, show_level=debug, show_time=True)],
     )
-    for noisy in ("httpx", "urllib3", "filelock", "matplotlib", "fontTools", "asyncio", "fsspec"):
+    for noisy in (
+        "accelerate",
+        "httpx",
+        "urllib3",
+        "filelock",
+        "matplotlib",
+        "fontTools",
+        "asyncio",
+        "fsspec",
+    ):
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
@@ -194,8 +203,10 @@ def inspect(
 def export(
     student: Annotated[str, typer.Argument(metavar="STUDENT", help="Finished ternary checkpoint.")],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the exported model.")],
-    head: Annotated[str | None, typer.Option(help="Form of the head: bf16, int8 or f32.")] = None,
-    embedding: Annotated[str | None, typer.Option(help="Form of the embedding: bf16, int8 or f32.")] = None,
+    head: Annotated[str | None, typer.Option(help="Form of the head: bf16, int8, int4 or f32.")] = None,
+    embedding: Annotated[
+        str | None, typer.Option(help="Form of the embedding: bf16, int8, int4 or f32.")
+    ] = None,
     licence: Annotated[
         str | None, typer.Option("--license", help="Licence of the base model, if its card does not say.")
     ] = None,

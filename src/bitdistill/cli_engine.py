@@ -7,15 +7,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .cli_output import JsonFile, console, stderr, write_json_to
+from .cli_output import JsonFile, KvCache, console, stderr, write_json_to
 from .errors import BitDistillError, ConfigError
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from .engine import Generation
 
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that `bitdistill export` wrote.")]
 Threads = Annotated[int | None, typer.Option(help="Worker threads; one for each CPU if not given.")]
-Exact = Annotated[bool, typer.Option("--exact", help="Keys and values of attention in fp32.")]
 Mmap = Annotated[bool, typer.Option("--mmap", help="Share the file's pages instead of copying them.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
@@ -43,7 +44,7 @@ def generate(
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")] = None,
     threads: Threads = None,
-    exact: Exact = False,
+    kv_cache: KvCache = "fp16",
     mmap: Mmap = False,
     json_path: JsonFile = None,
 ) -> None:
@@ -51,7 +52,7 @@ def generate(
     from .engine import Conversation, Engine
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = Engine(model, threads=threads, exact=exact, mmap=mmap)
+    engine = Engine(model, threads=threads, kv_cache=kv_cache, mmap=mmap)
     conversation = Conversation(engine)
     pieces = conversation.stream(
         [{"role": "user", "content": text}] if chat_ else text,
@@ -80,14 +81,14 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     threads: Threads = None,
-    exact: Exact = False,
+    kv_cache: KvCache = "fp16",
     mmap: Mmap = False,
     json_path: JsonFile = None,
 ) -> None:
     """Talk to an exported model. An empty line or end of input ends the chat; --json keeps it."""
     from .engine import Conversation, Engine
 
-    engine = Engine(model, threads=threads, exact=exact, mmap=mmap)
+    engine = Engine(model, threads=threads, kv_cache=kv_cache, mmap=mmap)
     if not engine.text.has_chat_template:
         raise ConfigError(f"{model}: this model has no chat template; use: bitdistill generate")
     conversation = Conversation(engine)
@@ -146,8 +147,10 @@ def bench(
         list[int] | None, typer.Option(help="Thread counts to measure; 1 to all CPUs if not given.")
     ] = None,
     head: Annotated[
-        str, typer.Option(help="With --shape: form of embedding and head, bf16 or int8.")
+        str, typer.Option(help="With --shape: form of embedding and head, bf16, int8 or int4.")
     ] = "int8",
+    kv_cache: KvCache = "fp16",
+    profile: Annotated[bool, typer.Option("--profile", help="Also show where the time goes.")] = False,
     versus: Annotated[
         str | None, typer.Option(help="llama.cpp: the same shape in turns with a peer.")
     ] = None,
@@ -156,7 +159,7 @@ def bench(
     """Measure prefill and decode beside the machine's roofline of the same moment."""
     from .engine.bench import run_bench
 
-    records = run_bench(model, shape, threads or [], head=head, versus=versus)
+    records = run_bench(model, shape, threads or [], head=head, kv=kv_cache, profile=profile, versus=versus)
     for r in records:
         v = r["versus"]
         peer = f"  {v['ratio']:.2f}x {v['name']} {v['format']}" if v else ""
@@ -166,4 +169,16 @@ def bench(
             highlight=False,
             soft_wrap=True,
         )
+        if "profile" in r:
+            console.print(_profile_table(r["profile"]))
     write_json_to(json_path, records)
+
+
+def _profile_table(profile: dict[str, dict[str, float | None]]) -> "Table":
+    from rich.table import Table
+
+    table = Table("phase", "ms a token", "of the time", "of its roofline", box=None)
+    for name, row in profile.items():
+        roofline = "" if row["roofline_share"] is None else f"{row['roofline_share']:.0%}"
+        table.add_row(name, f"{row['ms_per_token']:.3f}", f"{row['time_share']:.1%}", roofline)
+    return table

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_output import JsonFile, Overrides, RecipeFile, console, load, write_json_to
+from .cli_output import JsonFile, KvCache, Overrides, RecipeFile, console, load, write_json_to
 from .errors import ConfigError
 
 
@@ -26,7 +26,7 @@ def evaluate(
     engine: Annotated[
         bool, typer.Option("--engine", help="SOURCE is an exported model: run it in the CPU engine.")
     ] = False,
-    exact: Annotated[bool, typer.Option("--exact", help="With --engine: keys and values in fp32.")] = False,
+    kv_cache: KvCache = "fp16",
     set_: Overrides = None,
     json_path: JsonFile = None,
 ) -> None:
@@ -37,18 +37,18 @@ def evaluate(
     config = load(recipe, set_)
     if split not in ("test", "validation"):
         raise ConfigError(f"--split {split}: use test or validation")
-    if exact and not engine:
-        raise ConfigError("--exact changes the engine's attention cache; give it with --engine")
+    if kv_cache != "fp16" and not engine:
+        raise ConfigError("--kv-cache is of the engine; give it with --engine")
     if perplexity:
         if engine:
-            value = deploy.engine_perplexity(config, source, exact=exact)
+            value = deploy.engine_perplexity(config, source, kv_cache=kv_cache)
         else:
             value = pipeline.heldout_perplexity(config, source)
         result: dict[str, Any] = {"perplexity": value}
     else:
         task = load_task(config.task)
         if engine:
-            found = deploy.evaluate_engine(config, task, source, split, exact=exact)
+            found = deploy.evaluate_engine(config, task, source, split, kv_cache=kv_cache)
         else:
             found = pipeline.evaluate_model(config, task, source, split)
         result = {found.metric: found.value, "stderr": found.stderr, "items": len(found.items)}
@@ -70,7 +70,7 @@ def lm_eval(
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", help="Examples in the prompt.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first items of every task.")] = None,
-    exact: Annotated[bool, typer.Option("--exact", help="Exported models: keys and values in fp32.")] = False,
+    kv_cache: KvCache = "fp16",
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
     json_path: JsonFile = None,
 ) -> None:
@@ -83,7 +83,7 @@ def lm_eval(
         include_path=include_path,
         num_fewshot=num_fewshot,
         limit=limit,
-        exact=exact,
+        kv_cache=kv_cache,
         chat=chat,
     )
     console.print(table, highlight=False, soft_wrap=True)

@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -20,6 +20,9 @@ Overrides = Annotated[
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the result here as JSON.")
+]
+KvCache = Annotated[
+    Literal["fp16", "int8", "fp32"], typer.Option("--kv-cache", help="How the engine keeps keys and values.")
 ]
 
 

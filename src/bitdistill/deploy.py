@@ -10,6 +10,7 @@ from . import _core
 from .config import Recipe
 from .data.tasks import Task
 from .engine import Engine, EngineScorer
+from .engine.engine import CacheForm
 from .export import export
 from .metrics import Evaluation
 from .pipeline import evaluate_scorer, evaluate_step, heldout_sequences
@@ -21,24 +22,24 @@ DECODE_TOKENS = 64
 
 
 def evaluate_engine(
-    recipe: Recipe, task: Task, model: str | Path, split: str, *, exact: bool = False
+    recipe: Recipe, task: Task, model: str | Path, split: str, *, kv_cache: CacheForm = "fp16"
 ) -> Evaluation:
     """Evaluate an exported model on ``validation`` or ``test``.
 
     Raises:
         CheckpointError: it is not an exported model, or damaged.
     """
-    engine = Engine(model, exact=exact)
+    engine = Engine(model, kv_cache=kv_cache)
     return evaluate_scorer(recipe, task, EngineScorer(engine), load_tokenizer(model), split)
 
 
-def engine_perplexity(recipe: Recipe, model: str | Path, *, exact: bool = False) -> float:
+def engine_perplexity(recipe: Recipe, model: str | Path, *, kv_cache: CacheForm = "fp16") -> float:
     """Perplexity of an exported model on the part of the corpus that no training step reads.
 
     Raises:
         CheckpointError: it is not an exported model, or damaged.
     """
-    engine = Engine(model, exact=exact)
+    engine = Engine(model, kv_cache=kv_cache)
     sequences = heldout_sequences(recipe, load_tokenizer(model))
     rows = (sequences[i]["input_ids"].tolist() for i in range(len(sequences)))
     return EngineScorer(engine).perplexity(rows)
@@ -52,7 +53,7 @@ def engine_record(recipe: Recipe, task: Task, student: Path, full_precision: Pat
     """
     folder = student.with_name(f"{student.name}-packed")
     facts = export(student, folder, head="f32")
-    engine = Engine(folder, exact=True)
+    engine = Engine(folder, kv_cache="fp32")
     ours = evaluate_scorer(recipe, task, EngineScorer(engine), load_tokenizer(folder), "test")
     theirs = evaluate_step(recipe, task, student, "test")  # stands in the step's folder already
     different = [i for i, (a, b) in enumerate(zip(ours.items, theirs.items, strict=True)) if a != b]

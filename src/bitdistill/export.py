@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .checkpoint import RUN_FILE, read_run, write_json, write_text
 from .errors import CheckpointError, ConfigError
+from .forms import FORMS, Form, plain_tensor, table_tensors
 from .layout import FORMAT_VERSION, LAYOUT, pack, packed_shape
 from .model import BitLinear
 from .model.quant import ternarize
@@ -32,8 +32,6 @@ from .packed import (
 )
 from .train.loading import load_model, load_tokenizer
 
-Form = Literal["bf16", "int8", "f32"]
-FORMS: tuple[Form, ...] = ("bf16", "int8", "f32")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -187,10 +185,10 @@ def packed_tensors(model: PreTrainedModel, head: Form, embedding: Form) -> list[
         if name in done:
             continue
         if name in (EMBEDDING, HEAD):
-            tensors += _table(name, parameter.detach(), head if name == HEAD else embedding)
+            tensors += table_tensors(name, parameter.detach(), head if name == HEAD else embedding)
         else:
             gain = parameter.detach().float() + 1 if name in offset else parameter.detach()
-            tensors.append(_plain(name, gain, "F32"))
+            tensors.append(plain_tensor(name, gain, "F32"))
     return tensors
 
 
@@ -207,7 +205,7 @@ def _adds_one(module: nn.Module) -> bool:
 def _linear(name: str, module: nn.Linear, form: Form) -> list[PackedTensor]:
     ternary = ternary_of(module)
     if ternary is None:
-        return _table(name, module.weight.detach(), form)
+        return table_tensors(name, module.weight.detach(), form)
     rows, columns = module.weight.shape
     block, scale_shape = ternary.block_size, tuple(ternary.scale.shape)
 
@@ -226,34 +224,6 @@ def _linear(name: str, module: nn.Linear, form: Form) -> list[PackedTensor]:
         ),
         PackedTensor(f"{name}_scale", "F32", scale_shape, lambda: again().scale.cpu().numpy()),
     ]
-
-
-def _table(name: str, weight: Tensor, form: Form) -> list[PackedTensor]:
-    """An embedding, a head or a linear that stayed full precision."""
-    if form != "int8":
-        return [_plain(name, weight, "BF16" if form == "bf16" else "F32")]
-    rows = weight.shape[0]
-    return [
-        PackedTensor(name, "I8", tuple(weight.shape), lambda: int8_rows(weight)[0]),
-        PackedTensor(f"{name}_scale", "F32", (rows, 1), lambda: int8_rows(weight)[1]),
-    ]
-
-
-def int8_rows(weight: Tensor) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """Absmax INT8 codes per row, and their scales ``[V, 1]``; a row of zeros gets scale 1."""
-    peak = weight.float().abs().amax(dim=1, keepdim=True)
-    scale = torch.where(peak > 0, peak / 127, torch.ones_like(peak))
-    code = (weight.float() / scale).round().clamp(-127, 127)
-    return code.to(torch.int8).cpu().numpy(), scale.cpu().numpy()
-
-
-def _plain(name: str, value: Tensor, dtype: str) -> PackedTensor:
-    def load() -> NDArray[Any]:
-        if dtype == "BF16":
-            return np.asarray(value.to(torch.bfloat16).view(torch.uint16).cpu().numpy())
-        return np.asarray(value.float().cpu().numpy())
-
-    return PackedTensor(name, dtype, tuple(value.shape), load)
 
 
 # --- the other files ---

@@ -20,6 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from .engine import Engine, EngineScorer
+from .engine.engine import CacheForm
 from .errors import ConfigError, DataError
 from .packed import is_packed
 
@@ -219,14 +220,14 @@ class EngineLM(ScorerLM):
         self,
         pretrained: str,
         threads: int | None = None,
-        exact: bool = False,
+        kv_cache: CacheForm = "fp16",
         max_length: int | None = None,
         **others: Any,
     ) -> None:
         """Load a folder that ``bitdistill export`` wrote; arguments as of ``Engine`` and ``TorchLM``."""
         del others
         super().__init__()
-        self.engine = Engine(pretrained, threads=threads, exact=exact)
+        self.engine = Engine(pretrained, threads=threads, kv_cache=kv_cache)
         self.scorer = EngineScorer(self.engine)
         self.max_length = min(max_length or self.engine.max_context, self.engine.max_context)
 
@@ -269,7 +270,7 @@ def run(
     include_path: Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    exact: bool = False,
+    kv_cache: CacheForm = "fp16",
     chat: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Judge a checkpoint, or an exported model in the engine, on tasks of lm-eval: its results, and its table.
@@ -287,10 +288,10 @@ def run(
             f"--tasks {', '.join(unknown)}: lm-eval has no such task; --include-path adds a folder"
         )
     packed = is_packed(Path(source))
-    if exact and not packed:
-        raise ConfigError("--exact changes the engine's attention cache; give it with an exported model")
+    if kv_cache != "fp16" and not packed:
+        raise ConfigError("--kv-cache is of the engine; give it with an exported model")
     results = lm_eval.simple_evaluate(
-        model=EngineLM(source, exact=exact) if packed else TorchLM(source),
+        model=EngineLM(source, kv_cache=kv_cache) if packed else TorchLM(source),
         tasks=list(tasks),
         num_fewshot=num_fewshot,
         limit=limit,

@@ -78,6 +78,44 @@ def unpack(
     return flat[:rows, :columns].astype(np.int8) - 1
 
 
+INT4_ROWS = 16
+"""Rows of a block of an int4 table."""
+INT4_GROUP = 64
+"""Features of an int4 row that share a scale."""
+
+
+def int4_shape(rows: int, columns: int) -> tuple[int, int, int]:
+    """``[blocks, groups, 512]`` of the bytes of an int4 table; its scales are ``[blocks, groups, 16]``."""
+    return -(-rows // INT4_ROWS), -(-columns // INT4_GROUP), INT4_ROWS * INT4_GROUP // 2
+
+
+def pack_int4(code: NDArray[np.int8]) -> NDArray[np.uint8]:
+    """Bytes of int4 codes ``[N, K]`` in -8..7; each nibble is code + 8, padding is code 0."""
+    rows, columns = code.shape
+    blocks, groups, width = int4_shape(rows, columns)
+    nibbles = np.full((blocks * INT4_ROWS, groups * INT4_GROUP), 8, np.uint8)
+    nibbles[:rows, :columns] = code + 8
+    # [b, r, g, i, half, j] -> [b, g, i, r, j, half]
+    split = nibbles.reshape(blocks, INT4_ROWS, groups, INT4_GROUP // 8, 2, LANE).transpose(0, 2, 3, 1, 5, 4)
+    return np.asarray(split[..., 0] | split[..., 1] << 4, dtype=np.uint8).reshape(blocks, groups, width)
+
+
+def unpack_int4(packed: NDArray[np.uint8], rows: int, columns: int) -> NDArray[np.int8]:
+    """The codes ``[N, K]`` of int4 bytes."""
+    blocks, groups, _ = packed.shape
+    split = packed.reshape(blocks, groups, INT4_GROUP // 8, INT4_ROWS, LANE)
+    nibbles = np.stack((split & 15, split >> 4), axis=-1).transpose(0, 3, 1, 2, 5, 4)
+    flat = nibbles.reshape(blocks * INT4_ROWS, groups * INT4_GROUP)
+    return flat[:rows, :columns].astype(np.int8) - np.int8(8)
+
+
+def pack_int4_scales(scale: NDArray[np.uint16]) -> NDArray[np.uint16]:
+    """Scales ``[N, groups]`` (bf16 bits) in their order in the file; rows of padding get scale 1."""
+    padded = np.full((-(-len(scale) // INT4_ROWS) * INT4_ROWS, scale.shape[1]), 0x3F80, np.uint16)
+    padded[: len(scale)] = scale
+    return padded.reshape(-1, INT4_ROWS, scale.shape[1]).transpose(0, 2, 1)
+
+
 def checksum(data: bytes | memoryview) -> int:
     """Sum of ``(2 i + 1) * word[i]`` modulo 2^64 over little-endian 64-bit words, zero-padded."""
     whole = len(data) // 8 * 8

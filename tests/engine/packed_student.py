@@ -30,6 +30,24 @@ def int8_rows(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
     return (x / scale).round().to(torch.int8).numpy(), scale.float().numpy()
 
 
+def int4_groups(x: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """Codes of a plain absmax, and bf16 scales; layout.pack_int4 makes bytes of the codes."""
+    padded = torch.nn.functional.pad(x.detach(), (0, -x.shape[1] % layout.INT4_GROUP))
+    groups = padded.unflatten(1, (-1, layout.INT4_GROUP))
+    scale = (groups.abs().amax(dim=2, keepdim=True).clamp(min=1e-30) / 7).bfloat16()
+    code = (groups / scale.float()).round().clamp(-8, 7).flatten(1)[:, : x.shape[1]]
+    return code.to(torch.int8).numpy(), as_bf16(scale[:, :, 0])
+
+
+def widened(scale: np.ndarray) -> np.ndarray:
+    return (scale.astype(np.uint32) << 16).view(np.float32)
+
+
+def int4_values(code: np.ndarray, scale: np.ndarray) -> np.ndarray:
+    """The weights that int4 codes and bf16 scales stand for."""
+    return code * widened(scale).repeat(layout.INT4_GROUP, axis=1)[:, : code.shape[1]]
+
+
 def ternary_of(module: nn.Module) -> tuple[np.ndarray, np.ndarray, int | None] | None:
     """Codes, scale and block size of a ternary linear of this package or of transformers; None for a plain linear."""
     weight = module.weight.detach()
@@ -67,6 +85,10 @@ def tensors_of(model: Any, table: str = "F32", dense: str = "F32") -> dict[str, 
         if name in ("model.embed_tokens.weight", "lm_head.weight"):
             if table == "I8":
                 tensors[name], tensors[f"{name}_scale"] = int8_rows(value)
+            elif table == "I4":
+                code, scale = int4_groups(value)
+                tensors[name] = layout.pack_int4(code)
+                tensors[f"{name}_scale"] = layout.pack_int4_scales(scale)
             else:
                 tensors[name] = value.numpy() if table == "F32" else as_bf16(value)
             continue

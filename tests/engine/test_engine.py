@@ -41,7 +41,7 @@ def packed(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engine(packed: Path) -> Engine:
-    return Engine(packed, threads=1, exact=True)
+    return Engine(packed, threads=1, kv_cache="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,10 @@ def test_other_impossible_calls(engine: Engine, packed: Path) -> None:
 
 
 def test_many_threads_and_several_engines_agree_with_one(engine: Engine, packed: Path) -> None:
-    engines = [Engine(packed, threads=2, exact=True), Engine(packed, threads=1, exact=True, mmap=True)]
+    engines = [
+        Engine(packed, threads=2, kv_cache="fp32"),
+        Engine(packed, threads=1, kv_cache="fp32", mmap=True),
+    ]
     prompts = ["the room", "the host was", "the view seemed", "the soup"]
     expected = [engine.generate(p, max_new_tokens=12).tokens for p in prompts]
     got: dict[tuple[int, int], list[int]] = {}
@@ -305,7 +308,7 @@ print([n for n in ("torch", "transformers", "datasets", "accelerate") if n in sy
 def test_info_says_what_runs_where(engine: Engine, packed: Path) -> None:
     info = engine.info
     assert info["isa"] in _core.available_isas()
-    assert (info["threads"], info["exact"], info["max_context"]) == (1, True, 256)
+    assert (info["threads"], info["kv_cache"], info["max_context"]) == (1, "fp32", 256)
     # 2 layers: q 32x32, k and v 16x32, o 32x32, gate and up 48x32, down 32x48.
     assert info["ternary_parameters"] == 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 48 * 32)
     assert info["bytes_by_part"]["embedding"] == 300 * 32 * 4

@@ -5,10 +5,10 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from packed_student import as_bf16, int8_rows
+from packed_student import as_bf16, int4_groups, int4_values, int8_rows
 from torch.nn import functional as F
 
-from bitdistill import _core
+from bitdistill import _core, layout
 from bitdistill.model.quant import quantize_int8
 
 ROOMS = _core.available_isas()
@@ -60,18 +60,21 @@ def test_values_that_are_not_finite_do_no_harm(isa: str) -> None:
     group=st.integers(1, 5),
     dim=st.sampled_from([2, 6, 8, 16, 30, 64, 128]),
     room=st.sampled_from(ROOMS),
-    exact=st.booleans(),
+    form=st.sampled_from(["fp32", "fp16", "int8"]),
     window=st.sampled_from([0, 1, 15, 16, 17, 300]),
 )
 def test_attention_is_torchs(
-    tokens: int, before: int, kv: int, group: int, dim: int, room: str, exact: bool, window: int
+    tokens: int, before: int, kv: int, group: int, dim: int, room: str, form: str, window: int
 ) -> None:
     torch.manual_seed(tokens * 1000 + before)
     positions = tokens + before
     query = torch.randn(tokens, kv * group, dim) * 2
     key, value = torch.randn(positions, kv, dim), torch.randn(positions, kv, dim)
-    if not exact:
-        key, value = key.half().float(), value.half().float()  # the cache's rounding is not under test
+    # The cache's rounding is not under test.
+    if form == "fp16":
+        key, value = key.half().float(), value.half().float()
+    if form == "int8":
+        key, value = (torch.mul(*quantize_int8(x)) for x in (key, value))
     behind = torch.arange(before, positions)[:, None] - torch.arange(positions)[None, :]
     mask = (behind >= 0) & (behind < (window or positions))
     expected = F.scaled_dot_product_attention(
@@ -80,9 +83,7 @@ def test_attention_is_torchs(
         value.repeat_interleave(group, 1).transpose(0, 1).double(),
         attn_mask=mask,
     ).transpose(0, 1)
-    got = _core.attend(
-        query.numpy(), key.numpy(), value.numpy(), dim**-0.5, isa=room, exact=exact, window=window
-    )
+    got = _core.attend(query.numpy(), key.numpy(), value.numpy(), dim**-0.5, isa=room, kv=form, window=window)
     np.testing.assert_allclose(got, expected.numpy(), rtol=2e-5, atol=2e-5)
 
 
@@ -91,11 +92,16 @@ def test_attention_with_scores_far_apart(isa: str) -> None:
     query = np.full((1, 1, 16), 30, np.float32)
     key = np.linspace(-5, 5, 700, dtype=np.float32)[:, None, None].repeat(16, axis=2)
     value = np.arange(700, dtype=np.float32)[:, None, None].repeat(16, axis=2)
-    got = _core.attend(query, key, value, 1.0, isa=isa, exact=True)
+    got = _core.attend(query, key, value, 1.0, isa=isa, kv="fp32")
     scores = 480.0 * key[:, 0, 0].astype(np.float64)
     weights = np.exp(scores - scores.max())
     expected = (weights * value[:, 0, 0]).sum() / weights.sum()
     np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def int4_logits(code: np.ndarray, scale: np.ndarray, x: np.ndarray, isa: str) -> np.ndarray:
+    packed, scales = layout.pack_int4(code), np.ascontiguousarray(layout.pack_int4_scales(scale))
+    return _core.head_logits(packed, scales, x, isa=isa)[:, : len(code)]
 
 
 @pytest.mark.parametrize("rows", [1, 3, 4, 66])
@@ -119,6 +125,21 @@ def test_head(isa: str, rows: int, columns: int, tokens: int) -> None:
     # x is split in two int8 codes: half a step of the finer one, peak / 127 / 254 / 2, over each of the columns.
     bound = np.abs(code * scale).sum(1)[None, :] * x.abs().amax(1).numpy()[:, None] / 127 / 254 / 2
     assert (np.abs(got - quantised) <= bound * 1.01 + 1e-4).all()
+
+    code, scale = int4_groups(weight)
+    values = int4_values(code, scale).astype(np.float64)
+    got = int4_logits(code, scale, x.numpy(), isa)
+    bound = np.abs(values).sum(1)[None, :] * x.abs().amax(1).numpy()[:, None] / 127 / 254 / 2
+    assert (np.abs(got - x.double().numpy() @ values.T) <= bound * 1.01 + 1e-4).all()
+
+
+def test_int4_head_with_every_code_at_its_end(isa: str) -> None:
+    """Codes of -8 and 7 against states of full scale: no sum of a lane may overflow."""
+    code = np.where(np.arange(256) % 3 == 0, -8, 7).astype(np.int8)[None].repeat(3, 0)
+    scale = np.full((3, 4), 0x3F80, np.uint16)  # 1 in bf16
+    x = np.stack([np.full(256, 2.0), np.where(code[0] < 0, -2.0, 2.0)]).astype(np.float32)
+    got = int4_logits(code, scale, x, isa)
+    np.testing.assert_allclose(got, x @ code.T.astype(np.float32), rtol=1e-5)
 
 
 def test_int8_head_is_the_same_in_every_room() -> None:

@@ -73,7 +73,7 @@ DAMAGES: list[tuple[Change, str]] = [
     (put(f"{PROJ}.weight_scale", lambda a: a[:-1].copy()), rf"{PROJ}.weight_scale .*shape"),
     (put(f"{PROJ}.weight_scale", lambda a: a.astype(np.int8)), rf"{PROJ}.weight_scale .*expected F32"),
     (put("model.embed_tokens.weight", lambda a: a.T.copy()), r"embed_tokens.weight .*shape"),
-    (put("model.embed_tokens.weight", lambda a: a.astype(np.uint8)), r"embed_tokens.weight .*expected BF16"),
+    (put("model.embed_tokens.weight", lambda a: a.astype(np.uint8)), r"embed_tokens.weight \(U8.*shape"),
     (put("model.embed_tokens.weight", lambda a: a.astype(np.int8)), r"embed_tokens.weight_scale is missing"),
 ]
 
@@ -82,6 +82,30 @@ DAMAGES: list[tuple[Change, str]] = [
 def test_a_tensor_that_does_not_fit_is_named(
     damage: Change, message: str, model: Any, tensors: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
+    damage(tensors)
+    path = write(tmp_path / "model.safetensors", tensors)
+    with pytest.raises(ValueError, match=message):
+        load(path, model)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (put("model.embed_tokens.weight", lambda a: a[:, :, :-1].copy()), r"embed_tokens.weight .*shape"),
+        (put("model.embed_tokens.weight_scale", lambda a: a[:-1].copy()), r"weight_scale .*shape"),
+        (
+            put("model.embed_tokens.weight_scale", lambda a: a.astype(np.float32)),
+            r"weight_scale .*expected BF16",
+        ),
+        (poke("model.embed_tokens.weight_scale", 0), r"weight_scale .*scale 303 is not positive and finite"),
+        (poke("model.embed_tokens.weight_scale", 0x7F80), r"weight_scale .*scale 303 is not positive"),
+        (poke("model.embed_tokens.weight_scale", 0xBF80), r"weight_scale .*scale 303 is not positive"),
+    ],
+)
+def test_an_int4_table_that_does_not_fit_is_named(
+    damage: Change, message: str, model: Any, tmp_path: Path
+) -> None:
+    tensors = tensors_of(model, "I4")
     damage(tensors)
     path = write(tmp_path / "model.safetensors", tensors)
     with pytest.raises(ValueError, match=message):

@@ -1,6 +1,7 @@
 """A session: its position, its cache, generation and scoring, whatever the chunks and the threads."""
 
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,8 @@ def test_any_division_of_a_text_gives_the_same_logits(engine: _core.Model) -> No
     """600 tokens: more than two chunks, many key blocks and score strips. Integer dots and per-row float sums have one
     order whatever the tile, so the bits are equal."""
     text = tokens(600)
-    whole = _core.Session(engine, exact=True).forward(text, all_positions=True)
-    parts = _core.Session(engine, exact=True)
+    whole = _core.Session(engine, kv="fp32").forward(text, all_positions=True)
+    parts = _core.Session(engine, kv="fp32")
     rows, at = [], 0
     for count in (1, 1, 2, 11, 12, 13, 24, 37, 255, 256, 700):
         part = text[at : at + count]
@@ -90,22 +91,22 @@ def test_a_stop_token_ends_the_text_and_is_not_in_it(engine: _core.Model) -> Non
 
 
 def test_text_after_generated_text_continues_it(engine: _core.Model) -> None:
-    session = _core.Session(engine, exact=True)
+    session = _core.Session(engine, kv="fp32")
     session.forward(tokens(10))
     text, _ = session.decode(_core.Sampler(), 6)
     got = session.forward(tokens(4, seed=1), all_positions=True)
     whole = np.concatenate([tokens(10), np.array(text, np.int32), tokens(4, seed=1)])
-    expected = _core.Session(engine, exact=True).forward(whole, all_positions=True)[-4:]
+    expected = _core.Session(engine, kv="fp32").forward(whole, all_positions=True)[-4:]
     np.testing.assert_allclose(got, expected, atol=1e-4 * expected.std(), rtol=0)
 
 
 def test_truncate_forgets(engine: _core.Model) -> None:
-    session = _core.Session(engine, exact=True)
+    session = _core.Session(engine, kv="fp32")
     session.forward(tokens(40))
     session.truncate(13)
     assert session.position == 13
     got = session.forward(tokens(5, seed=2))
-    expected = _core.Session(engine, exact=True).forward(np.concatenate([tokens(40)[:13], tokens(5, seed=2)]))
+    expected = _core.Session(engine, kv="fp32").forward(np.concatenate([tokens(40)[:13], tokens(5, seed=2)]))
     np.testing.assert_allclose(got, expected, atol=1e-4 * expected.std(), rtol=0)
     session.truncate(3)
     with pytest.raises(ValueError, match="call forward"):
@@ -254,6 +255,19 @@ def test_several_models_in_one_process(make_student: Callable[..., Any], tmp_pat
     np.testing.assert_array_equal(one.forward(tokens(5)), a)
 
 
+def test_a_profile_counts_from_its_start_and_stays_within_the_clock(engine: _core.Model) -> None:
+    session = _core.Session(engine)
+    assert session.profile == {}
+    session.forward(tokens(200))
+    session.start_profile()
+    assert set(session.profile.values()) == {0.0}
+    started = time.perf_counter()
+    session.forward(tokens(50))
+    total = time.perf_counter() - started
+    assert all(seconds > 0 for seconds in session.profile.values())
+    assert sum(session.profile.values()) <= total
+
+
 def test_memory_figures(engine: _core.Model) -> None:
     session = _core.Session(engine)
     session.forward(tokens(100))
@@ -265,3 +279,18 @@ def test_memory_figures(engine: _core.Model) -> None:
     assert memory["mapped"] == 0
     usage = _core.memory_usage()
     assert 0 < usage["resident"] <= usage["peak_resident"]
+
+
+@pytest.mark.parametrize(("kv", "width", "scale"), [("fp32", 4, 0), ("fp16", 2, 0), ("int8", 1, 4)])
+def test_the_cache_takes_the_bytes_of_its_form(engine: _core.Model, kv: str, width: int, scale: int) -> None:
+    session = _core.Session(engine, kv=kv)
+    session.forward(tokens(10))
+    config = engine.config
+    heads = config["num_hidden_layers"] * config["num_key_value_heads"]
+    key, value = config["head_dim"], -(-config["head_dim"] // 16) * 16  # values are padded
+    assert session.memory()["kv_cache"] == 10 * heads * ((key + value) * width + 2 * scale)
+
+
+def test_an_unknown_form_of_the_cache_is_refused(engine: _core.Model) -> None:
+    with pytest.raises(ValueError, match="kv = 'int3' is not one of fp16, int8, fp32"):
+        _core.Session(engine, kv="int3")

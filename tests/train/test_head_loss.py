@@ -25,6 +25,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_TOKENS", 3)
+    monkeypatch.setattr(module, "ROWS_LOGITS", 2 * VOCABULARY)  # parts of two rows and of one
 
 
 class OwnLinear(nn.Linear):
@@ -54,8 +55,13 @@ class Losses:
         self.weights = torch.tensor([1 / 5, 10 * temperature**2 / 5], dtype=torch.float64)
 
     def __call__(self, logits: Tensor, rows: slice) -> Tensor:
-        v, chosen = self.vocabulary, self.kd_mask[rows]
-        kd = logits_kd(logits[chosen, :v], self.teacher[rows, :v][chosen], temperature=self.temperature)
+        v = self.vocabulary
+        kd = logits_kd(
+            logits[:, :v],
+            self.teacher[rows, :v],
+            temperature=self.temperature,
+            mask_N=self.kd_mask[rows],
+        )
         return torch.stack((label_loss(logits, self.labels[rows]), kd))
 
     def naive(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -285,7 +291,7 @@ def test_no_logits_are_saved_for_the_backward_pass(kind, with_kd, monkeypatch):
 
 
 @heads
-def test_logits_exist_for_one_block_at_a_time(kind):
+def test_logits_exist_for_one_block_at_a_time_and_a_plain_head_shows_some_rows_of_it(kind):
     sizes, logits_of = [], weakref.WeakSet()
 
     def losses(logits: Tensor, rows: slice) -> Tensor:
@@ -295,7 +301,29 @@ def test_logits_exist_for_one_block_at_a_time(kind):
         return logits.square().sum().reshape(1)
 
     head_loss(hidden_states(), linear(kind), losses, torch.ones(1))
-    assert sizes == [(3, slice(0, 3)), (3, slice(3, 6)), (1, slice(6, 7))]
+    blocks = [(0, 3), (3, 6), (6, 7)] if kind is OwnLinear else [(0, 2), (2, 3), (3, 5), (5, 6), (6, 7)]
+    assert sizes == [(end - start, slice(start, end)) for start, end in blocks]
+
+
+@heads
+def test_what_stands_beside_the_logits_is_made_once_for_each_block(kind):
+    hidden, head, losses, made = hidden_states(), linear(kind), Losses(), []
+
+    def beside(rows: slice) -> Tensor:
+        made.append(rows)
+        return losses.teacher[rows]
+
+    def with_teacher(logits: Tensor, rows: slice, teacher: Tensor) -> Tensor:
+        kd = logits_kd(logits, teacher, temperature=losses.temperature, mask_N=losses.kd_mask[rows])
+        return torch.stack((label_loss(logits, losses.labels[rows]), kd))
+
+    loss, _ = head_loss(hidden, head, with_teacher, losses.weights, beside)
+    assert made == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    expected, _ = losses.naive(head(hidden))
+    torch.testing.assert_close(loss, expected, **EXACT)
+    torch.testing.assert_close(
+        gradients(loss, hidden, head.weight), gradients(expected, hidden, head.weight), **EXACT
+    )
 
 
 @heads

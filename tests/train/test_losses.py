@@ -77,7 +77,8 @@ def test_cross_entropy_never_makes_the_logits_of_more_than_a_block():
         sizes.append(len(hidden))
         return hidden
 
-    cross_entropy(normal(head_loss.BLOCK_TOKENS * 2 + 3, 4), head, torch.zeros(515, dtype=torch.int64))
+    tokens = head_loss.BLOCK_TOKENS * 2 + 3
+    cross_entropy(normal(tokens, 4), head, torch.zeros(tokens, dtype=torch.int64))
     assert sizes == [head_loss.BLOCK_TOKENS, head_loss.BLOCK_TOKENS, 3]
 
 

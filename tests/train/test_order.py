@@ -1,14 +1,20 @@
-"""The sample order: a permutation that (seed, epoch) decides, with similar lengths batched if asked."""
+"""The sample order: permutations that (seed, epoch) decide, with similar lengths batched if asked, and how any number
+of processes shares it.
+"""
 
 import itertools
 import random
 
 import pytest
 import torch
-from hypothesis import given
+from accelerate.data_loader import BatchSamplerShard
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
 
-from bitdistill.train.trainer import LENGTH_WINDOW, SeededOrder
+from bitdistill.config import SftConfig
+from bitdistill.errors import TrainingError
+from bitdistill.train.batches import LENGTH_WINDOW, SeededOrder, global_batch
 
 
 def order(
@@ -19,10 +25,7 @@ def order(
     batch_size: int = 4,
     lengths: list[int] | None = None,
 ) -> list[int]:
-    sampler = SeededOrder(size, seed, batch_size, lengths)
-    sampler.set_epoch(epoch)
-    assert len(sampler) == size
-    return list(sampler)
+    return SeededOrder(size, seed, batch_size=batch_size, steps=1, lengths=lengths).epoch(epoch)
 
 
 def some_lengths(size: int) -> list[int]:
@@ -57,7 +60,7 @@ def test_order_is_a_function_of_seed_and_epoch(lengths):
 
 
 def test_iterating_twice_gives_the_same_epoch_and_consumes_no_global_randomness():
-    sampler = SeededOrder(50, 1, 4, some_lengths(50))
+    sampler = SeededOrder(50, 1, batch_size=4, steps=30, lengths=some_lengths(50))
     torch.manual_seed(11)
     first = list(sampler)
     drawn = torch.rand(1)
@@ -94,15 +97,76 @@ def test_batches_of_similar_lengths_come_in_random_order():
 
 
 @pytest.mark.parametrize("size", [3, 130, 4 * LENGTH_WINDOW * 2 + 7])
-def test_the_short_batch_comes_last_and_the_others_are_whole_length_groups(size):
+def test_steps_are_whole_length_groups_but_where_an_epoch_ends(size):
     lengths = some_lengths(size)
     for epoch in range(5):
         indices = order(size, epoch=epoch, batch_size=4, lengths=lengths)
-        groups = batches(indices, 4)
-        assert [len(group) for group in groups[:-1]] == [4] * (len(groups) - 1)
+        begun = -epoch * size % 4  # samples that complete the last step of the epoch before
         # A group that straddled two sorted ones would not be sorted itself.
-        for group in groups:
+        for group in batches(indices[begun:], 4):
             assert [lengths[index] for index in group] == sorted(lengths[index] for index in group)
+
+
+@given(
+    size=st.integers(1, 90),
+    batch_size=st.integers(1, 40),
+    epochs=st.integers(1, 4),
+    by_length=st.booleans(),
+)
+def test_epochs_follow_each_other_and_every_step_is_full(size, batch_size, epochs, by_length):
+    lengths = some_lengths(size) if by_length else None
+    steps = -(-epochs * size // batch_size)
+    indices = list(SeededOrder(size, 3, batch_size=batch_size, steps=steps, lengths=lengths))
+    assert len(indices) == steps * batch_size
+    for epoch in range(epochs):
+        assert sorted(indices[epoch * size : (epoch + 1) * size]) == list(range(size))
+
+
+@given(
+    size=st.integers(1, 90),
+    batch_size=st.integers(1, 6),
+    accumulation=st.integers(1, 4),
+    begun_with=st.integers(1, 4),
+    processes=st.integers(1, 8),
+    by_length=st.booleans(),
+)
+def test_any_number_of_processes_takes_the_same_samples_in_every_step(
+    size, batch_size, accumulation, begun_with, processes, by_length
+):
+    """Through accelerate's own way of giving micro-batches to processes."""
+    assume(batch_size * accumulation * begun_with % processes == 0)
+    config = SftConfig(batch_size=batch_size, gradient_accumulation_steps=accumulation)
+    lengths = some_lengths(size) if by_length else None
+
+    def steps_of(division) -> list[list[int]]:
+        sampler = SeededOrder(size, 3, batch_size=division.size, steps=7, lengths=lengths)
+        micro = BatchSampler(sampler, division.batch_size, drop_last=False)
+        shards = [
+            list(BatchSamplerShard(micro, division.processes, rank)) for rank in range(division.processes)
+        ]
+        assert {len(shard) for shard in shards} == {7 * division.accumulation}
+        return [
+            sorted(
+                index
+                for shard in shards
+                for batch in shard[step * division.accumulation : (step + 1) * division.accumulation]
+                for index in batch
+            )
+            for step in range(7)
+        ]
+
+    begun, now = (global_batch(config, begun_with, count) for count in (begun_with, processes))
+    assert (begun.batch_size, begun.accumulation) == (batch_size, accumulation)
+    assert now.batch_size <= batch_size
+    assert steps_of(now) == steps_of(begun)
+
+
+def test_processes_that_cannot_share_the_global_batch_are_refused_with_numbers_that_can():
+    config = SftConfig(batch_size=8, gradient_accumulation_steps=3)
+    with pytest.raises(TrainingError) as refused:
+        global_batch(config, 1, 5)
+    assert "5 processes cannot share a global batch of 24 sequences" in str(refused.value)
+    assert "Start 4 or 6 to continue it" in str(refused.value)
 
 
 def test_windows_are_drawn_from_the_random_order_not_from_neighbouring_indices():

@@ -54,6 +54,18 @@ def test_its_gradient_is_right():
     assert torch.autograd.gradcheck(lambda x: top_k_kd(x, **rows), logits(1).requires_grad_())
 
 
+def test_masked_tokens_count_for_nothing():
+    student, teacher = logits(1).requires_grad_(), logits(2)
+    mask = torch.tensor([True, False, True, True, False])
+    rows = top_k(teacher, 4, 2.0)
+    found = top_k_kd(student, **rows, mask_N=mask)
+    kept = {name: x[mask] if isinstance(x, Tensor) else x for name, x in rows.items()}
+    expected = top_k_kd(student[mask], **kept)
+    torch.testing.assert_close(found, expected)
+    gradients = [torch.autograd.grad(loss, student)[0] for loss in (found, expected)]
+    torch.testing.assert_close(*gradients)
+
+
 def test_a_student_that_says_the_same_of_the_top_costs_nothing_whatever_it_says_of_the_rest():
     teacher = logits(2)
     rows = top_k(teacher, 4, 2.0)

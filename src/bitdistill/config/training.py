@@ -15,7 +15,10 @@ class TrainingConfig:
     batch_size: int = 32
     """Sequences per micro-batch and process."""
     gradient_accumulation_steps: int = 1
-    """Micro-batches per optimizer step."""
+    """Micro-batches per optimizer step. A step that goes on with other processes keeps its global batch, the product of
+    the two and the processes that it began with."""
+    gradient_checkpointing: bool = False
+    """Keep the input of each layer alone and compute the layer again in the backward pass: less memory, same result."""
     schedule: Literal["cosine", "linear", "two_stage", "constant"] = "cosine"
     """``two_stage``: linear decay, dropped halfway to ``two_stage_drop`` of its line (b1.58 training tips)."""
     two_stage_drop: float = 0.5

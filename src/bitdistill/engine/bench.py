@@ -22,7 +22,7 @@ from typing import Any
 from ..errors import ConfigError
 from .bench_process import Process
 from .bench_worker import DECODE_PROMPT
-from .shapes import find_shape
+from .shapes import HEADS, find_shape
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +32,7 @@ MOST_ROUNDS, LEAST_ROUNDS = 7, 2
 BUDGET_S = 200.0
 """Time for all samples of a shape without a peer; loading comes on top."""
 UNDISTURBED = 0.97
+PROFILE_RUNS = 5
 PEER_FORMATS = ("TQ2_0", "BF16")
 
 
@@ -41,9 +42,13 @@ def run_bench(
     threads: Sequence[int] = (),
     *,
     head: str = "int8",
+    kv: str = "fp16",
+    profile: bool = False,
     versus: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a model or a shape at each number of threads; one record per phase, and per format of the peer.
+
+    ``head`` is for a shape; ``kv`` the form of the cache; ``profile`` adds where the time of a phase goes.
 
     Raises:
         ConfigError: not exactly one of ``model`` and ``shape``, an unknown shape or peer, impossible threads.
@@ -53,8 +58,8 @@ def run_bench(
         raise ConfigError("name an exported model or a --shape, not both and not neither")
     if shape is not None:
         find_shape(shape)
-    if head not in ("bf16", "int8"):
-        raise ConfigError(f"--head {head}: use bf16 or int8")
+    if head not in HEADS:
+        raise ConfigError(f"--head {head}: use one of {', '.join(HEADS)}")
     if any(count < 1 or count > 1024 for count in threads):
         raise ConfigError(f"--threads {min(threads)}: use 1 to 1024")
     if versus is not None:
@@ -64,7 +69,8 @@ def run_bench(
     records = []
     budget = BUDGET_S / (len(counts) * len(PHASES))
     for count in counts:
-        options = {"model": str(model) if model else None, "shape": shape, "threads": count, "head": head}
+        options = {"model": str(model) if model else None, "shape": shape, "threads": count}
+        options |= {"head": head, "kv": kv}
         for form in PEER_FORMATS if versus else (None,):
             with ExitStack() as processes:
                 probe = processes.enter_context(Process("bench_probe", {"threads": count}))
@@ -79,6 +85,8 @@ def run_bench(
                         continue
                     samples = list(_samples(own, peer, probe, phase, tokens, budget))
                     record = _record(own, phase, tokens, samples)
+                    if profile:
+                        record["profile"] = _profile(own, probe, phase, tokens)
                     if peer is not None:
                         record["versus"] = _versus(form, record["tok_s"], samples)
                     records.append({"shape": name, "threads": count} | record)
@@ -156,10 +164,35 @@ def _record(own: Process, phase: str, tokens: int, samples: list[_Sample]) -> di
         "probe_gb_s": statistics.median(s.gb_s for s in clean),
         "probe_gmac_s": statistics.median(s.gmac_s for s in clean),
         "head_bits": facts["head_bits"],
+        "kv": facts["kv"],
         "weight_bits": facts["weight_bits"],
         "peak_rss_bytes": own.ask(memory=True)["peak_rss_bytes"],
         "first_token_s": statistics.median(s.first_token_s for s in clean),
         "versus": None,
+    }
+
+
+def _profile(own: Process, probe: Process, phase: str, tokens: int) -> dict[str, dict[str, float | None]]:
+    """Of each phase of the decoder: milliseconds a token, share of the time, and of its own roofline where it has one.
+
+    The median of a few runs by total time; the roofline of linears is the int8 peak in prefill, in decode memory.
+    """
+    runs = []
+    before = probe.ask()
+    for _ in range(PROFILE_RUNS):
+        found = own.ask(profile=phase, tokens=tokens)
+        after = probe.ask()
+        key = "gmac_s" if phase == "prefill" else "gb_s"
+        runs.append((sum(found["seconds"].values()), (before[key] + after[key]) / 2 * 1e9, found))
+        before = after
+    total, peak, found = sorted(runs, key=lambda run: run[0])[len(runs) // 2]
+    return {
+        name: {
+            "ms_per_token": 1e3 * seconds / tokens,
+            "time_share": seconds / total,
+            "roofline_share": found["work"][name] / seconds / peak if name in found["work"] else None,
+        }
+        for name, seconds in found["seconds"].items()
     }
 
 

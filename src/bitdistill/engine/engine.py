@@ -19,6 +19,9 @@ from .text import Message, TextCodec
 FinishReason = Literal["stop", "length", "context"]
 Prompt = str | Sequence[int] | Sequence[Message]
 
+CacheForm = Literal["fp16", "int8", "fp32"]
+CACHE_FORMS: tuple[CacheForm, ...] = ("fp16", "int8", "fp32")
+
 DEFAULT_NEW_TOKENS = 256
 
 
@@ -52,27 +55,34 @@ class Engine:
     """
 
     def __init__(
-        self, path: str | Path, threads: int | None = None, exact: bool = False, mmap: bool = False
+        self,
+        path: str | Path,
+        threads: int | None = None,
+        kv_cache: CacheForm = "fp16",
+        mmap: bool = False,
     ) -> None:
         """Load an exported model.
 
         Args:
             path: folder that ``bitdistill export`` wrote.
             threads: worker threads; None for one on each CPU that this process may use.
-            exact: keys and values of attention in fp32 instead of fp16; with a head in bf16 or f32, results then
-                differ from torch's by rounding alone.
+            kv_cache: how keys and values of attention are kept. ``int8`` (a scale for each key and each value of a
+                head) takes half of fp16's memory; with ``fp32``, and a head in bf16 or f32, results differ from torch's
+                by rounding alone.
             mmap: share the file's pages among processes instead of copying; the file must not change meanwhile.
 
         Raises:
             CheckpointError: missing, damaged, or not for this version.
-            EngineError: an impossible number of threads.
+            EngineError: an impossible number of threads, or another form of the cache.
         """
+        if kv_cache not in CACHE_FORMS:
+            raise EngineError(f"kv_cache = {kv_cache!r}: use one of {', '.join(CACHE_FORMS)}")
         if threads is not None and (type(threads) is not int or not 1 <= threads <= 1024):
             raise EngineError(f"threads = {threads!r}: use 1 to 1024, or None for every CPU")
         started = time.perf_counter()
         packed = PackedModel.open(path)
         self.path = Path(path)
-        self.exact = exact
+        self.kv_cache = kv_cache
         self.text = TextCodec(self.path)
         self.stop_tokens = packed.stop_tokens()
         self.core = packed.load(threads=threads or 0, mmap=mmap)
@@ -87,10 +97,10 @@ class Engine:
             "path": str(self.path),
             "isa": self.core.isa,
             "threads": self.core.threads,
-            "exact": self.exact,
+            "kv_cache": self.kv_cache,
             "max_context": self.max_context,
             "memory": self.core.memory() | _core.memory_usage(),
-            "decode_bytes": self.core.decode_bytes(),
+            "decode_bytes": self.core.decode_bytes(kv=self.kv_cache),
             "load_s": self.load_s,
         }
 
@@ -196,7 +206,7 @@ class Engine:
 
     def session(self) -> _core.Session:
         """A fresh sequence of the core."""
-        return _core.Session(self.core, exact=self.exact)
+        return _core.Session(self.core, kv=self.kv_cache)
 
     def checked(self, ids: Any) -> Any:
         """``ids``, if the model can read them.

@@ -6,6 +6,7 @@ from typing import Any
 
 from .loading import PackedModel, linear_shapes
 
+_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 _PARTS = ("ternary", "scales", "dense", "embedding", "head", "norms")
 
 
@@ -21,14 +22,16 @@ def packed_facts(folder: str | Path) -> dict[str, Any]:
     ternary_weights = other = 0
     for name, entry in model.entries.items():
         parts[_part(name, entry.dtype)] += entry.nbytes
-        if entry.dtype == "U8":
+        if name in _TABLES:
+            other += model.config["vocab_size"] * model.config["hidden_size"]
+        elif entry.dtype == "U8":
             ternary_weights += math.prod(shapes.get(".".join(name.split(".")[3:5]), (0,)))  # without padding
         elif not name.endswith("_scale"):
             other += math.prod(entry.shape)
     ternary_bytes = parts["ternary"] + sum(
         e.nbytes
         for n, e in model.entries.items()
-        if n.endswith(".weight_scale") and model.entries.get(n.removesuffix("_scale"), e).dtype == "U8"
+        if _part(n, e.dtype) == "scales" and model.entries.get(n.removesuffix("_scale"), e).dtype == "U8"
     )
     total = sum(parts.values())
     return {
@@ -45,12 +48,12 @@ def packed_facts(folder: str | Path) -> dict[str, Any]:
 
 
 def _part(name: str, dtype: str) -> str:
-    if dtype == "U8":
-        return "ternary"
     if name.startswith("model.embed_tokens."):
         return "embedding"
     if name.startswith("lm_head."):
         return "head"
+    if dtype == "U8":
+        return "ternary"
     if name.endswith("_scale"):
         return "scales"
     return "dense" if name.endswith("_proj.weight") else "norms"

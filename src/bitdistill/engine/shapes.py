@@ -5,7 +5,7 @@ from typing import Any
 
 from .. import _core
 from ..errors import ConfigError
-from ..layout import LAYOUT, packed_shape
+from ..layout import INT4_ROWS, LAYOUT, int4_shape, packed_shape
 from ..packed import ELEMENT_BYTES
 from .loading import decoder_config, linear_shapes
 
@@ -45,6 +45,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """``config.json`` keys of the published models that the presets are named after."""
 
+HEADS = ("bf16", "int8", "int4")
+"""Forms of embedding and head that can be measured."""
+
 _PACKED = {
     "layout": LAYOUT,
     "granularity": "tensor",
@@ -73,20 +76,25 @@ def ternary_weights(shape: dict[str, Any]) -> int:
 
 
 def random_model(shape: dict[str, Any], head: str, *, threads: int = 0, seed: int = 0) -> _core.Model:
-    """A model of this shape with random weights, made in place; ``head`` is bf16 or int8.
+    """A model of this shape with random weights, made in place; ``head`` is bf16, int8 or int4.
 
     Raises:
         ConfigError: another form of the head.
     """
-    if head not in ("bf16", "int8"):
-        raise ConfigError(f"--head {head}: use bf16 or int8")
+    if head not in HEADS:
+        raise ConfigError(f"--head {head}: use one of {', '.join(HEADS)}")
     tensors: list[_core.Tensor] = []
 
     def add(name: str, dtype: str, *size: int) -> None:
         tensors.append(_core.Tensor(name, dtype, size, 0, math.prod(size) * ELEMENT_BYTES[dtype]))
 
     hidden, head_dim, vocabulary = shape["hidden_size"], shape["head_dim"], shape["vocab_size"]
-    add("model.embed_tokens.weight", "I8" if head == "int8" else "BF16", vocabulary, hidden)
+    if head == "int4":
+        blocks, groups, width = int4_shape(vocabulary, hidden)
+        add("model.embed_tokens.weight", "U8", blocks, groups, width)
+        add("model.embed_tokens.weight_scale", "BF16", blocks, groups, INT4_ROWS)
+    else:
+        add("model.embed_tokens.weight", "I8" if head == "int8" else "BF16", vocabulary, hidden)
     if head == "int8":
         add("model.embed_tokens.weight_scale", "F32", vocabulary, 1)
     for layer in range(shape["num_hidden_layers"]):

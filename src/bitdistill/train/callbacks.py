@@ -6,13 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import reduce
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerState
 
 from ..config import TrainingConfig
 from ..model import BitLinear
+from ..processes import process_state
 from .schedule import quant_lambda_at, weight_decay_at
+from .sharding import is_sharded
 from .weights import Codes, bit_codes
 
 
@@ -34,8 +37,7 @@ class StepSchedules(TrainerCallback):
         """Values are functions of the step, so a resumed run has the same ones."""
         decay = weight_decay_at(self.config, state.global_step, state.max_steps)
         for group in optimizer.param_groups:
-            # Trainer gives norms and biases a group with no decay; it must stay that way.
-            if group.setdefault("decays", group["weight_decay"] > 0):
+            if group["decays"]:
                 group["weight_decay"] = decay
         quant_lambda = quant_lambda_at(self.config, state.global_step, state.max_steps)
         for module in model.modules():
@@ -53,37 +55,31 @@ class CodeStatistics(TrainerCallback):
     def __init__(self, student: torch.nn.Module) -> None:
         self.student = student
         self.before: Codes | None = None
+        self.is_sharded = False
 
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Keep the codes, if the step that begins will be logged."""
         step = state.global_step + 1
         is_logged = step == 1 or step % state.logging_steps == 0
-        self.before = bit_codes(self.student) if is_logged and state.is_world_process_zero else None
+        self.is_sharded = is_sharded(self.student)
+        is_needed = is_logged and (state.is_world_process_zero or self.is_sharded)
+        self.before = bit_codes(self.student) if is_needed else None
 
     def measure(self) -> dict[str, float]:
         """The statistics of the step that has ended; none for a full-precision model."""
         if not self.before:
             return {}
         after = bit_codes(self.student)
-        total = sum(code.numel() for code in after.values())
-        flips = sum(int((code != self.before[path]).sum()) for path, code in after.items())
-        zeros = sum(int((code == 0).sum()) for code in after.values())
+        counts = torch.tensor([
+            sum(int((code != self.before[path]).sum()) for path, code in after.items()),
+            sum(int((code == 0).sum()) for code in after.values()),
+            sum(code.numel() for code in after.values()),
+        ])  # fmt: skip
         self.before = None
+        if self.is_sharded:
+            counts = reduce(counts.to(process_state().device), reduction="sum")
+        flips, zeros, total = counts.tolist()
         return {"quant/flip_rate": flips / total, "quant/zero_frac": zeros / total}
-
-
-class EpochOrder(TrainerCallback):
-    """Tell the sample order which epoch begins.
-
-    The data loader does so too, but not through the wrappers it has after a resume on several processes.
-    """
-
-    def __init__(self, order: Any) -> None:
-        self.order = order
-
-    def on_epoch_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        """A resumed run begins inside an epoch; its whole part is the epoch."""
-        self.order.set_epoch(int(state.epoch or 0))
 
 
 class MetricsFile(TrainerCallback):

@@ -7,7 +7,9 @@ the backward pass. Here each block of tokens makes its logits, its losses and at
 
     D = d loss / d z,   dh = D W,   dW += D^T h,   db += sum_N D
 
-so that only ``dh`` and ``dW``, as large as h and W, outlive it, and nothing is computed twice.
+so that only ``dh`` and ``dW``, as large as h and W, outlive it, and nothing is computed twice. The losses
+see a few rows of the block at a time, and D takes the place of z: what they keep for their own backward pass stays
+small, so the block can be large enough for fast products.
 
 Letters: N tokens, E hidden size, V vocabulary, P losses.
 """
@@ -20,17 +22,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-BLOCK_TOKENS = 256
+BLOCK_TOKENS = 512
 """Tokens whose logits exist together; fewer would read W and write dW more often than products hide."""
+
+ROWS_LOGITS = 1 << 22
+"""Logits that the losses see together. Their temporaries are several times as large."""
 
 BLOCK_WEIGHTS = 1 << 24
 """Elements of dW whose bf16 product exists before it is added in fp32."""
 
-Losses = Callable[[Tensor, slice], Tensor]
-"""``(logits [n, V], rows) -> [P]``: sums over the n tokens ``rows``, differentiable in the logits."""
+Losses = Callable[..., Tensor]
+"""``(logits [n, V], rows) -> [P]``: sums over the n tokens ``rows``, differentiable in the logits. With
+``beside`` there is a third argument, its rows."""
 
 
-def head_loss(hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Tensor) -> tuple[Tensor, Tensor]:
+def head_loss(
+    hidden_NE: Tensor,
+    head: nn.Module,
+    losses: Losses,
+    weights_P: Tensor,
+    beside: Callable[[slice], Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Weighted sum of losses that are sums over tokens.
 
     Args:
@@ -39,8 +51,10 @@ def head_loss(hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Ten
             where that is on. Any other is called as a module, in checkpointed blocks that make their logits twice: an
             adapter's, one with hooks, one whose weight is a DTensor. FSDP2's root holds its parameters whole during its
             forward, so a head in the root's group is plain there; one that is a group of its own is not.
-        losses: the losses of a block; their gradient goes to ``hidden_NE`` and the parameters of ``head`` only.
+        losses: the losses of some tokens; their gradient goes to ``hidden_NE`` and the parameters of ``head`` only.
         weights_P: their weights, without a gradient.
+        beside: what the logits are held against, such as a teacher's logits, made once for each block of rows,
+            ``[n, ...]``.
 
     Returns:
         The weighted sum, and the P sums by themselves, detached; fp32, or fp64 for fp64 logits.
@@ -49,7 +63,7 @@ def head_loss(hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Ten
         Where that is not 1, another backward pass through the same graph (``retain_graph``) is autograd's RuntimeError.
     """
     way = _fused if _is_plain_linear(head) else _checkpointed
-    return way(hidden_NE, head, losses, weights_P)
+    return way(hidden_NE, head, losses, weights_P, beside)
 
 
 def block_linear(head: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -60,7 +74,9 @@ def block_linear(head: nn.Module) -> Callable[[Tensor], Tensor]:
     return lambda hidden: F.linear(_autocast(hidden), weight, bias)
 
 
-def _fused(hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Tensor) -> tuple[Tensor, Tensor]:
+def _fused(
+    hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Tensor, beside: Callable | None
+) -> tuple[Tensor, Tensor]:
     inputs = (hidden_NE, head.weight, head.bias)
     gradients = d_hidden, d_weight, d_bias = tuple(_gradient_like(x) for x in inputs)
     values_P = weights_P.new_zeros(len(weights_P), dtype=_wide_dtype(hidden_NE))
@@ -70,18 +86,18 @@ def _fused(hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Tensor
         for rows, block in _blocks(hidden_NE):
             hidden = _autocast(block)
             logits = F.linear(hidden, weight, bias)
+            others = () if beside is None else (beside(rows),)
             if all(gradient is None for gradient in gradients):
-                values_P += losses(logits, rows)
+                values_P += losses(logits, rows, *others)
                 continue
-            values, d_logits = _with_gradient(logits, losses, rows, weights_P)
-            values_P += values
+            values_P += _into_gradient(logits, losses, rows, weights_P, others)
             if d_hidden is not None:
-                d_hidden[rows] = d_logits @ weight
+                d_hidden[rows] = logits @ weight
             if d_weight is not None:
-                _add_product(d_weight, d_logits, hidden)
+                _add_product(d_weight, logits, hidden)
             if d_bias is not None:
-                d_bias += d_logits.sum(dim=0, dtype=d_bias.dtype)
-            del logits, d_logits  # or they would stay while the next block makes its own
+                d_bias += logits.sum(dim=0, dtype=d_bias.dtype)
+            del logits, others  # or they would stay while the next block makes its own
         gradients = tuple(
             None if g is None else g.to(x.dtype) for g, x in zip(gradients, inputs, strict=True)
         )
@@ -89,10 +105,11 @@ def _fused(hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Tensor
 
 
 def _checkpointed(
-    hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Tensor
+    hidden_NE: Tensor, head: nn.Module, losses: Losses, weights_P: Tensor, beside: Callable | None
 ) -> tuple[Tensor, Tensor]:
     def block_loss(hidden: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        values = losses(head(hidden), rows)
+        others = () if beside is None else (beside(rows),)
+        values = losses(head(hidden), rows, *others)
         return _weighted(values, weights_P), values.detach()
 
     blocks = [checkpoint(block_loss, block, rows, use_reentrant=False) for rows, block in _blocks(hidden_NE)]
@@ -123,11 +140,29 @@ class _KnownGradients(torch.autograd.Function):
         return None, None, *gradients
 
 
-def _with_gradient(logits: Tensor, losses: Losses, rows: slice, weights_P: Tensor) -> tuple[Tensor, Tensor]:
-    """The losses of a block and the gradient of their weighted sum in its logits."""
+def _into_gradient(
+    logits: Tensor, losses: Losses, rows: slice, weights_P: Tensor, others: tuple[Tensor, ...]
+) -> Tensor:
+    """The losses of a block; its logits are overwritten by the gradient of their weighted sum."""
+    values_P = weights_P.new_zeros(len(weights_P), dtype=_wide_dtype(logits))
+    step = max(1, ROWS_LOGITS // logits.shape[1])
+    for start in range(0, max(1, len(logits)), step):
+        part = slice(start, start + step)
+        here = slice(rows.start + start, min(rows.start + start + step, rows.stop))
+        values, logits[part] = _with_gradient(
+            logits[part], losses, here, weights_P, [other[part] for other in others]
+        )
+        values_P += values
+    return values_P
+
+
+def _with_gradient(
+    logits: Tensor, losses: Losses, rows: slice, weights_P: Tensor, others: list[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The losses of some rows and the gradient of their weighted sum in their logits."""
     with torch.enable_grad():
         leaf = logits.detach().requires_grad_()
-        values = losses(leaf, rows)
+        values = losses(leaf, rows, *others)
         (gradient,) = torch.autograd.grad(_weighted(values, weights_P), leaf)
     return values.detach(), gradient
 

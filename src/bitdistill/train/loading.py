@@ -17,6 +17,7 @@ from transformers.utils import logging as hf_logging
 from .. import model as students
 from ..errors import CheckpointError, SurgeryError
 from ..processes import is_main_process
+from .sharding import is_sharded, whole_state
 
 
 def load_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
@@ -159,12 +160,17 @@ def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTraine
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Save weights, config, tokenizer and, for a student, the code that loads it without this package.
 
-    Only the main process writes.
+    Only the main process writes. A sharded model is gathered first, for which every process must call.
     """
+    state = None
+    if is_sharded(model):
+        state = whole_state(model)
+        for name in model.all_tied_weights_keys:
+            state.pop(name, None)
     if not is_main_process():
         return
     hf_logging.disable_progress_bar()
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
 
 

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from ..config import DistillConfig
@@ -25,7 +24,7 @@ from .losses import (
     shifted_labels,
 )
 from .taps import States, attention_layers, matched_layers, run_tapped
-from .teacher import BlockKd, CachedTeacher, LiveTeacher
+from .teacher import CachedTeacher, LiveTeacher, LogitsKd
 
 
 class LanguageModelling(nn.Module):
@@ -37,6 +36,20 @@ class LanguageModelling(nn.Module):
     def __init__(self, student: PreTrainedModel) -> None:
         super().__init__()
         self.student = student
+
+    @property
+    def _no_split_modules(self) -> list[str]:
+        """The decoder layers, by class name, where accelerate looks for what FSDP2 is to shard one by one."""
+        return list(self.student._no_split_modules)
+
+    def recompute_layers(self) -> None:
+        """Compute each layer of the student again in the backward pass instead of keeping what it made."""
+        # transformers is renaming it.
+        names = ("activation_checkpointing_enable", "gradient_checkpointing_enable")
+        next(getattr(self.student, name) for name in names if hasattr(self.student, name))()
+
+    def shard_teacher(self) -> None:
+        """Shard what runs beside the student over the processes, as FSDP2 shards the student."""
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Totals of one micro-batch, int64 ``[len(count_names)]``."""
@@ -93,6 +106,11 @@ class Distillation(LanguageModelling):
         self.vocab_size = min(student.config.vocab_size, self.teacher.vocab_size)
         self.layer_pairs = layer_pairs(config, len(attention_layers(student)), self.teacher.num_layers)
 
+    def shard_teacher(self) -> None:
+        """Give each process a part of the teacher's decoder, where there is one."""
+        if isinstance(self.teacher, LiveTeacher):
+            self.teacher.shard()
+
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Labelled tokens, tokens of the logits KD, rows of the relation KD; int64 ``[3]``."""
         rows = batch["attention_mask"].sum()
@@ -131,32 +149,39 @@ class Distillation(LanguageModelling):
         return loss, parts
 
     def _head_losses(
-        self, hidden: Tensor, labels: Tensor, kd_mask_BT: Tensor, block_kd: BlockKd, totals: Tensor
+        self, hidden: Tensor, labels: Tensor, kd_mask_BT: Tensor, taught: LogitsKd, totals: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``CE + lambda * logits KD`` with a graph, CE and logits KD; of logits that are made once for both.
 
         Args:
             hidden: final hidden states of the student, ``[B, T, E]``.
             labels: what each position predicts, ``[B, T]``.
-            kd_mask_BT: positions of the logits KD; the rows of ``block_kd``.
+            kd_mask_BT: positions of the logits KD, in whose order ``taught`` has its rows.
         """
         config = self.distill
         chosen = kd_mask_BT | (labels != IGNORE_INDEX)
         labels_N, kd_N = labels[chosen], kd_mask_BT[chosen]
-        # Among the chosen tokens those before each that the KD counts; usually it counts all.
-        before = None if kd_N.all() else F.pad(kd_N.cumsum(dim=0), (1, 0)).tolist()
+        # Usually the KD counts all of them; where it does not, a token that it leaves out is shown any row.
+        row_N = None if kd_N.all() else (kd_N.cumsum(dim=0) - 1).clamp(min=0)
 
-        def losses(logits: Tensor, rows: slice) -> Tensor:
-            student, kd_rows = logits[:, : self.vocab_size], rows
-            if before is not None:
-                student, kd_rows = student[kd_N[rows]], slice(before[rows.start], before[rows.stop])
-            return torch.stack((label_loss(logits, labels_N[rows]), block_kd(student, kd_rows)))
+        def teacher_logits(rows: slice) -> Tensor:
+            return taught.logits(rows if row_N is None else row_N[rows])[:, : self.vocab_size]  # type: ignore[misc]
+
+        def losses(logits: Tensor, rows: slice, *teacher: Tensor) -> Tensor:
+            student = logits[:, : self.vocab_size]
+            if row_N is None:
+                kd = taught.loss(student, *teacher, rows=rows, mask_N=None)
+            else:
+                kd = taught.loss(student, *teacher, rows=row_N[rows], mask_N=kd_N[rows])
+            return torch.stack((label_loss(logits, labels_N[rows]), kd))
 
         factors = (1.0, config.temperature**2 if config.tau_squared else 1.0)
         wide = torch.promote_types(hidden.dtype, torch.float32)
         scales = torch.tensor(factors, dtype=wide, device=totals.device) / totals[:2]
         weights = scales * scales.new_tensor((1.0, config.lambda_logits))
-        loss, sums = head_loss(hidden[chosen], self.student.get_output_embeddings(), losses, weights)
+        head = self.student.get_output_embeddings()
+        beside = teacher_logits if taught.logits is not None else None
+        loss, sums = head_loss(hidden[chosen], head, losses, weights, beside)
         ce, kd = sums * scales
         return loss, ce, kd
 

@@ -10,22 +10,22 @@ from ..config import DistillConfig, Recipe, SftConfig
 from ..data.prompts import PaddedBatch, PromptEncoder, TaskSequences
 from ..data.tasks import Task, load_task
 from ..data.teacher_rows import TaughtBatch, TaughtSequences
-from ..processes import num_processes
 from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
 from .objective import LanguageModelling
 from .step import run_step
-from .trainer import fit, steps_for_epochs, training_settings
+from .trainer import fit, processes_to_keep, steps_for_epochs, training_settings
 from .weights import ternary_codes, write_weight_stats
 
 
 def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     """Fine-tune ``source`` on the task; returns the new checkpoint."""
     task = load_task(recipe.task)
+    processes = processes_to_keep(recipe, output_dir)
     settings = {
         "stage": "sft",
         "seed": recipe.seed,
-        "training": training_settings(recipe.sft),
+        "training": training_settings(recipe.sft, processes),
         "task": task_settings(recipe),
         "task_digest": task.digest,
         "source": checkpoint_digest(source, recipe.revision_of(source)),
@@ -34,7 +34,9 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     def work(folder: Path) -> dict[str, Any]:
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         objective = LanguageModelling(load_model(source, recipe.revision_of(source)))
-        return train_on_task(recipe, recipe.sft, task, objective, tokenizer, folder, step_title(output_dir))
+        return train_on_task(
+            recipe, recipe.sft, task, objective, tokenizer, folder, step_title(output_dir), processes
+        )
 
     return run_step(output_dir, settings, work)
 
@@ -47,6 +49,7 @@ def train_on_task(
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     title: str,
+    processes: int,
     *,
     taught: TaughtSequences | None = None,
 ) -> dict[str, Any]:
@@ -61,11 +64,12 @@ def train_on_task(
         dataset,
         (PaddedBatch if taught is None else TaughtBatch)(tokenizer.pad_token_id),
         config,
-        steps=steps_for_epochs(config, config.epochs, len(dataset), num_processes()),
+        steps=steps_for_epochs(config, config.epochs, len(dataset), processes),
         seed=recipe.seed,
         work_dir=folder,
         tokenizer=tokenizer,
         title=title,
+        processes=processes,
         lengths=dataset.lengths,
     )
     save_model(objective.student, tokenizer, folder)

@@ -8,12 +8,11 @@ from pathlib import Path
 from ..checkpoint import checkpoint_digest
 from ..config import BaseConfig, PretrainConfig, Recipe
 from ..data.corpus import PackedSequences, Part, build_shards, collate_packed, source_digest
-from ..processes import num_processes
 from ..recipe import to_dict
 from .loading import load_model, load_tokenizer, save_model
 from .objective import LanguageModelling
 from .step import run_step
-from .trainer import fit, steps_for_tokens, training_settings
+from .trainer import fit, processes_to_keep, steps_for_tokens, training_settings
 from .weights import ternary_codes, write_weight_stats
 
 
@@ -31,11 +30,12 @@ def train_on_corpus(
 ) -> Path:
     """Language modelling of ``source`` on one part of the corpus, for ``config.tokens`` tokens."""
     corpus_digest = source_digest(recipe.corpus)
+    processes = processes_to_keep(recipe, output_dir)
     settings = {
         "stage": "stage2_pretrain",
         "part": part,
         "seed": recipe.seed,
-        "training": training_settings(config),
+        "training": training_settings(config, processes),
         "corpus": to_dict(recipe.corpus),
         "corpus_digest": corpus_digest,
         "source": checkpoint_digest(source, recipe.revision_of(source)),
@@ -47,7 +47,7 @@ def train_on_corpus(
         codes = ternary_codes(model)
         shards = build_shards(recipe.corpus, part, tokenizer, recipe.run_dir / "shards", digest=corpus_digest)
         dataset = PackedSequences(shards, recipe.corpus.sequence_length)
-        steps = steps_for_tokens(config, config.tokens, recipe.corpus.sequence_length, num_processes())
+        steps = steps_for_tokens(config, config.tokens, recipe.corpus.sequence_length, processes)
         metrics = fit(
             LanguageModelling(model),
             dataset,
@@ -58,6 +58,7 @@ def train_on_corpus(
             work_dir=folder,
             tokenizer=tokenizer,
             title=output_dir.name,
+            processes=processes,
         )
         save_model(model, tokenizer, folder)
         write_weight_stats(model, folder, codes)

@@ -15,7 +15,7 @@ from .sft import step_title, task_sequences, task_settings, train_on_task
 from .step import run_step
 from .teacher import CachedTeacher
 from .teacher_cache import cached_teacher
-from .trainer import training_settings
+from .trainer import processes_to_keep, training_settings
 
 
 def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
@@ -30,10 +30,11 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
             "distill.teacher is empty: name the fine-tuned full-precision teacher (bitdistill sft makes one)"
         )
     task = load_task(recipe.task)
+    processes = processes_to_keep(recipe, output_dir)
     settings = {
         "stage": "stage3_distill",
         "seed": recipe.seed,
-        "training": _settings(config)
+        "training": _settings(config, processes)
         | {"teacher": checkpoint_digest(config.teacher, config.teacher_revision)},
         "task": task_settings(recipe),
         "task_digest": task.digest,
@@ -52,14 +53,16 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
             teacher, taught = cached_teacher(recipe, source, tokenizer, sequences)
         objective = Distillation(load_model(source, recipe.revision_of(source)), teacher, config)
         title = step_title(output_dir)
-        return train_on_task(recipe, config, task, objective, tokenizer, folder, title, taught=taught)
+        return train_on_task(
+            recipe, config, task, objective, tokenizer, folder, title, processes, taught=taught
+        )
 
     return run_step(output_dir, settings, work)
 
 
-def _settings(config: DistillConfig) -> dict[str, Any]:
+def _settings(config: DistillConfig, processes: int) -> dict[str, Any]:
     """The section as the step's record holds it: where a cache lies decides nothing, nor do its keys without one."""
-    settings = training_settings(config)
+    settings = training_settings(config, processes)
     del settings["teacher_cache_dir"]
     if config.teacher_cache != "topk":
         del settings["cache_top_k"]

@@ -1,8 +1,8 @@
 """The training loop: ``transformers.Trainer`` with a thin subclass, so that processes, precision, accumulation,
 trackers and resume are the ecosystem's.
 
-What is ours: the objective's loss and its totals over an optimizer step, schedules that are functions of the
-step, a sample order that is a function of (seed, epoch), and a saved checkpoint that is the student alone.
+What is ours: the objective's loss and its totals over an optimizer step, schedules and samples that are functions of
+the step, whatever the processes, and a saved checkpoint that is the student alone.
 """
 
 import json
@@ -10,60 +10,28 @@ import logging
 import math
 import zipfile
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
 
-from ..config import TrainingConfig
+from ..checkpoint import processes_begun_with
+from ..config import Recipe, TrainingConfig
 from ..errors import CheckpointError, TrainingError
-from ..processes import num_processes
+from ..processes import from_main_process, num_processes
 from ..recipe import to_dict
-from .callbacks import CodeStatistics, EpochOrder, MetricsFile, ProgressBar, StepSchedules
+from .batches import GlobalBatch, SeededOrder, global_batch
+from .callbacks import CodeStatistics, MetricsFile, ProgressBar, StepSchedules
 from .objective import LanguageModelling, autocast_dtype
 from .schedule import learning_rate_factor
+from .sharding import GATHER_FP32, holds_shards, load_optimizer, load_weights, whole
 
 logger = logging.getLogger(__name__)
-
-LENGTH_WINDOW = 32
-"""Batches that are sorted by length together: short sequences then share batches, order stays random."""
-
-
-class SeededOrder(Sampler[int]):
-    """Sample order as a function of (seed, epoch); with lengths, batches hold sequences of similar length."""
-
-    def __init__(self, size: int, seed: int, batch_size: int, lengths: list[int] | None) -> None:
-        self.size, self.seed, self.batch_size, self.lengths = size, seed, batch_size, lengths
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; called by the data loader."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
-        if self.lengths is None:
-            yield from order
-            return
-        window = self.batch_size * LENGTH_WINDOW
-        batches = []
-        for start in range(0, self.size, window):
-            indices = sorted(order[start : start + window], key=self.lengths.__getitem__)
-            batches += [indices[i : i + self.batch_size] for i in range(0, len(indices), self.batch_size)]
-        # The one short batch stays last: everything else keeps full batches in random order.
-        last = [batches.pop()] if len(batches[-1]) < self.batch_size else []
-        for index in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[index]
-        yield from (index for batch in last for index in batch)
 
 
 class StudentTrainer(Trainer):
@@ -78,6 +46,7 @@ class StudentTrainer(Trainer):
         train_dataset: Dataset,
         data_collator: Any,
         tokenizer: PreTrainedTokenizerBase,
+        batch: GlobalBatch,
         lengths: list[int] | None,
     ) -> None:
         super().__init__(
@@ -89,6 +58,7 @@ class StudentTrainer(Trainer):
         )
         self.objective = objective
         self.config = config
+        self.batch = batch
         self.lengths = lengths
         # The objective divides by totals of the whole step, so Trainer must not divide once more.
         self.model_accepts_loss_kwargs = True
@@ -96,13 +66,29 @@ class StudentTrainer(Trainer):
         self.parts_steps = 0
         self.codes = CodeStatistics(objective.student)
         self.add_callback(self.codes)
+        if self.is_fsdp_enabled:
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = GATHER_FP32
+            # Gradients that wait for the last micro-batch wait whole, on every process.
+            self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
+            objective.shard_teacher()
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
+        """One epoch of Trainer's is the whole training, so every step is full and a resume skips whole steps."""
         del train_dataset
-        batch = self.args.train_batch_size * self.accelerator.num_processes
-        self.order = SeededOrder(len(self.train_dataset), self.args.seed, batch, self.lengths)  # type: ignore[arg-type]
-        self.add_callback(EpochOrder(self.order))
-        return self.order
+        return SeededOrder(
+            len(self.train_dataset),  # type: ignore[arg-type]
+            self.args.seed,
+            batch_size=self.batch.size,
+            steps=self.args.max_steps,
+            lengths=self.lengths,
+        )
+
+    def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
+        """Trainer's, whose group of norms and biases has no weight decay and is marked to stay that way."""
+        optimizer = super().create_optimizer(model)
+        for group in optimizer.param_groups:
+            group["decays"] = group["weight_decay"] > 0
+        return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
@@ -135,15 +121,25 @@ class StudentTrainer(Trainer):
     ) -> torch.Tensor:
         """The objective's loss; parts are kept for the log, and a non-finite loss stops the run."""
         del return_outputs
-        outputs = model(**inputs, totals=num_items_in_batch)
+        with self._autocast():
+            outputs = model(**inputs, totals=num_items_in_batch)
         loss = outputs["loss"]
         if not torch.isfinite(loss):
             raise TrainingError(self._diverged("loss", loss.item(), self.state.global_step + 1))
         for name, value in outputs.items():
             value = value.detach().float()
             self.parts[name] = self.parts[name] + value if name in self.parts else value
-        # DDP averages gradients over processes, the totals are already global.
+        # DDP and FSDP2 average gradients over processes, the totals are already global.
         return loss * self.accelerator.num_processes
+
+    def _autocast(self) -> AbstractContextManager:
+        """For FSDP2 accelerate leaves precision to the dtype that is gathered, which stays fp32 here.
+
+        Without its cache, which would keep the bf16 copy of every layer that has been resharded.
+        """
+        if not (self.is_fsdp_enabled and self.args.bf16):
+            return nullcontext()
+        return torch.autocast(self.accelerator.device.type, torch.bfloat16, cache_enabled=False)
 
     def _diverged(self, what: str, value: float, step: int) -> str:
         kept = (step - 1) // int(self.args.save_steps) * int(self.args.save_steps)
@@ -161,6 +157,8 @@ class StudentTrainer(Trainer):
             for name, value in self.parts.items():
                 total = float(self.accelerator.reduce(value, reduction="sum"))
                 logs[name] = round(total / self.parts_steps, 6)
+            # Trainer takes the whole training for one epoch; here it is a pass over the data.
+            self.state.epoch = self.state.global_step * self.batch.size / len(self.train_dataset)  # type: ignore[arg-type]
             logs["optim/lr"] = logs.pop("learning_rate")
             logs["optim/grad_norm"] = float(logs.pop("grad_norm", 0.0))
             if not math.isfinite(logs["optim/grad_norm"]):
@@ -172,24 +170,29 @@ class StudentTrainer(Trainer):
         super().log(logs, start_time)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        if state_dict is not None:
-            state_dict = {key.removeprefix("student."): value for key, value in state_dict.items()}
-        self.objective.student.save_pretrained(output_dir or self.args.output_dir, state_dict=state_dict)
+        del state_dict
+        self.objective.student.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
     ) -> None:
         del model
         student = self.objective.student
-        state = load_file(Path(resume_from_checkpoint) / "model.safetensors")
-        result = student.load_state_dict(state, strict=False)
+        differing = load_weights(self.objective, Path(resume_from_checkpoint))
         student.tie_weights()
-        lost = set(result.missing_keys) - set(student.all_tied_weights_keys) | set(result.unexpected_keys)
+        lost = {name.removeprefix("student.") for name in differing} - set(student.all_tied_weights_keys)
         if lost:
             raise CheckpointError(
                 f"{resume_from_checkpoint} does not fit the model it should resume ({', '.join(sorted(lost)[:3])}); "
                 "delete that folder to resume from an earlier one"
             )
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None:
+            return
+        folder = Path(checkpoint)
+        load_optimizer(self.model_wrapped, self.optimizer, folder)
+        self.lr_scheduler.load_state_dict(torch.load(folder / "scheduler.pt", weights_only=True))
 
 
 def fit(
@@ -203,6 +206,7 @@ def fit(
     work_dir: Path,
     tokenizer: PreTrainedTokenizerBase,
     title: str,
+    processes: int | None = None,
     lengths: list[int] | None = None,
 ) -> dict[str, Any]:
     """Train an objective's student in place for ``steps`` optimizer steps, resuming what ``work_dir`` holds.
@@ -210,22 +214,30 @@ def fit(
     Args:
         dataset: items that ``collate`` turns into the objective's keyword arguments.
         work_dir: receives ``metrics.jsonl`` and, until the step is finished, ``trainer/``.
+        processes: those whose global batch this keeps, however many there are now; None: these.
         lengths: tokens of each item, to batch similar lengths together.
 
     Returns:
         Metrics of the whole training, time included.
 
     Raises:
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or the processes cannot share the global batch.
     """
+    now = num_processes()
+    batch = from_main_process(lambda: global_batch(config, processes or now, now))
+    if now != (processes or now):
+        logger.info(
+            "%s keeps its global batch of %d sequences: %d processes, %d micro-batches of %d on each",
+            title, batch.size, batch.processes, batch.accumulation, batch.batch_size,
+        )  # fmt: skip
     hf_logging.set_verbosity_error()
     set_seed(seed)
     trainer_dir = work_dir / "trainer"
     args = TrainingArguments(
         output_dir=str(trainer_dir),
         max_steps=steps,
-        per_device_train_batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        per_device_train_batch_size=batch.batch_size,
+        gradient_accumulation_steps=batch.accumulation,
         learning_rate=config.learning_rate,
         weight_decay=config.weight_decay,
         max_grad_norm=config.max_grad_norm,
@@ -251,6 +263,10 @@ def fit(
         # One process drives one device; DataParallel would scatter the totals and share the teacher's hooks.
         logger.warning("using 1 of %d GPUs; start with accelerate launch or torchrun to use all", args.n_gpu)
         args._n_gpu = 1
+    # accelerate launch has a precision of its own; the recipe's is the one that is recorded.
+    args.mixed_precision = "bf16" if args.bf16 else "no"
+    if config.gradient_checkpointing:
+        objective.recompute_layers()
     trainer = StudentTrainer(
         objective=objective,
         config=config,
@@ -258,6 +274,7 @@ def fit(
         train_dataset=dataset,
         data_collator=collate,
         tokenizer=tokenizer,
+        batch=batch,
         lengths=lengths,
     )
     trainer.remove_callback(PrinterCallback)
@@ -278,7 +295,7 @@ def fit(
     finally:
         bar.progress.stop()  # a live bar hides the cursor
     objective.student.config.use_cache = True
-    broken = [n for n, p in objective.student.named_parameters() if not torch.isfinite(p).all()]
+    broken = [n for n, p in objective.student.named_parameters() if not whole(torch.isfinite(p).all())]
     if broken:
         raise TrainingError(
             f"training ended with non-finite weights in {broken[0]}; the step is not finished. "
@@ -287,25 +304,37 @@ def fit(
     return metrics_file.summary()
 
 
-def training_settings(config: TrainingConfig) -> dict[str, Any]:
+def processes_to_keep(recipe: Recipe, output_dir: Path) -> int:
+    """Processes whose global batch the step at ``output_dir`` keeps: those that it or its run began with, or these."""
+    now = num_processes()
+    return from_main_process(lambda: processes_begun_with(output_dir, recipe.run_dir) or now)
+
+
+def training_settings(config: TrainingConfig, processes: int | None = None) -> dict[str, Any]:
     """A training section as a step's record holds it: with what this machine and its launcher add to the result.
 
-    ``precision`` is the one that computes, not ``auto``; ``processes`` multiplies the global batch.
+    ``precision`` is the one that computes, not ``auto``; ``processes`` (None: these) multiplies the global batch. What
+    changes no result is not there.
     """
     compute = "fp32" if autocast_dtype(config.precision) is None else "bf16"
-    return to_dict(config) | {"precision": compute, "processes": num_processes()}
+    settings = to_dict(config) | {"precision": compute, "processes": processes or num_processes()}
+    del settings["gradient_checkpointing"]
+    return settings
 
 
 def steps_for_tokens(config: TrainingConfig, tokens: int, sequence_length: int, processes: int) -> int:
     """Optimizer steps that a token budget pays for."""
-    per_step = config.batch_size * config.gradient_accumulation_steps * sequence_length * processes
-    return max(1, math.ceil(tokens / per_step))
+    return _steps(config, math.ceil(tokens / sequence_length), processes)
 
 
 def steps_for_epochs(config: TrainingConfig, epochs: float, examples: int, processes: int) -> int:
     """Optimizer steps of ``epochs`` passes over ``examples``."""
-    batches = math.ceil(examples / (config.batch_size * processes))
-    return max(1, math.ceil(epochs * math.ceil(batches / config.gradient_accumulation_steps)))
+    return _steps(config, round(epochs * examples), processes)
+
+
+def _steps(config: TrainingConfig, sequences: int, processes: int) -> int:
+    per_step = config.batch_size * config.gradient_accumulation_steps * processes
+    return max(1, math.ceil(sequences / per_step))
 
 
 def _resume_point(trainer_dir: Path) -> str | None:
@@ -325,6 +354,8 @@ def _is_whole(checkpoint: Path) -> bool:
     """Whether state, weights and optimizer can be opened."""
     try:
         _steps_done(str(checkpoint))
+        if holds_shards(checkpoint):
+            return True
         with safe_open(checkpoint / "model.safetensors", framework="pt"):
             pass
     except (OSError, ValueError, KeyError, SafetensorError):

@@ -9,6 +9,7 @@ from ..checkpoint import write_json
 from ..model import FAMILIES, BitLinear
 from ..model.quant import expand_scale, ternarize
 from ..processes import is_main_process
+from .sharding import is_sharded, own_part, whole
 
 EDGE = 3.0
 BINS = 120
@@ -27,8 +28,8 @@ def _sites(model: nn.Module) -> dict[str, nn.Linear]:
 
 
 def _quantized(module: nn.Linear) -> tuple[Tensor, Tensor]:
-    """Codes and latent / scale of one linear, ``[N, K]`` each."""
-    latent = module.weight.detach()
+    """Codes and latent / scale of one linear, ``[N, K]`` each; whole where FSDP2 shards it, one matrix at a time."""
+    latent = whole(module.weight.detach())
     if isinstance(module, BitLinear):
         granularity, block_size = module.spec.granularity, module.spec.block_size
     else:
@@ -45,16 +46,21 @@ def ternary_codes(model: nn.Module) -> Codes:
 
 @torch.no_grad()
 def bit_codes(model: nn.Module) -> Codes:
-    """Codes of the ternary linears alone, int8, where the weights are."""
+    """Codes of the ternary linears alone, int8, where the weights are; of a sharded one the part that is here."""
     layers = {path: m for path, m in model.named_modules() if isinstance(m, BitLinear)}
-    return {path: _quantized(module)[0].to(torch.int8) for path, module in layers.items()}
+    return {
+        path: own_part(_quantized(module)[0].to(torch.int8), module.weight) for path, module in layers.items()
+    }
 
 
 @torch.no_grad()
 def write_weight_stats(model: nn.Module, folder: Path, codes_before: Codes | None = None) -> None:
-    """Write ``weights.json``: histogram of latent / scale, trit shares, mass near the thresholds, flips."""
+    """Write ``weights.json``: histogram of latent / scale, trit shares, mass near the thresholds, flips.
+
+    Every process must call where the model is sharded; the main one writes.
+    """
     sites = _sites(model)
-    if not sites or not is_main_process():
+    if not sites or not (is_main_process() or is_sharded(model)):
         return
     edges = torch.linspace(-EDGE, EDGE, BINS + 1)
     counts = torch.zeros(BINS)
@@ -68,6 +74,8 @@ def write_weight_stats(model: nn.Module, folder: Path, codes_before: Codes | Non
         total += code.numel()
         if codes_before is not None:
             flips += float((code.to("cpu", torch.int8) != codes_before[path]).sum())
+    if not is_main_process():
+        return
     shares = (trits / total).tolist()
     write_json(
         folder / "weights.json",
