@@ -16,14 +16,13 @@ void rotate(float* x, const float* cosine, const float* sine, size_t half) {
 
 class AttentionPass {
  public:
-  AttentionPass(const Model& model, size_t layer, const Chunk& chunk, KvCache& cache, Workspace& work, Worker& worker)
+  AttentionPass(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker)
       : config_(model.config()),
         room_(model.room()),
         layer_(model.layers()[layer]),
         kind_(config_.attention[layer]),
         index_(layer),
         chunk_(chunk),
-        cache_(cache),
         work_(work),
         own_(work.scratch[worker.index()]),
         row_stride_(work.query_stride + 2 * work.key_stride) {}
@@ -40,11 +39,12 @@ class AttentionPass {
     if (layer_.k_norm != nullptr) room_.rms_norm(key, layer_.k_norm, config_.rms_norm_eps, dim, key);
     turn(key, t);
     const float* value = query_row(t) + work_.query_stride + work_.key_stride + head * dim;
-    cache_.store(room_, index_, head, chunk_.position + t, key, value, own_.half.data());
+    chunk_[t].cache->store(room_, index_, head, chunk_[t].position, key, value, own_.half.data());
   }
 
-  // Query heads [first_query, first_query + queries) of KV head `head` for tokens [first, first + tokens).
-  void attend(size_t head, size_t first_query, size_t queries, size_t first, size_t tokens) {
+  // Query heads [first_query, first_query + queries) of KV head `head` for a tile of tokens of one sequence.
+  void attend(size_t head, size_t first_query, size_t queries, Range tile) {
+    const size_t first = tile.begin, tokens = tile.end - tile.begin;
     const size_t dim = config_.head_dim, padded = config_.padded_head_dim();
     size_t seen_from[kAttendRows], visible[kAttendRows];
     for (size_t t = 0; t < tokens; ++t) {
@@ -52,7 +52,7 @@ class AttentionPass {
         const float* from = query_row(first + t) + (first_query + i) * dim;
         float* to = own_.query.data() + (t * queries + i) * padded;
         for (size_t e = 0; e < dim; ++e) to[e] = from[e] * config_.attention_scale;
-        const size_t end = chunk_.position + first + t + 1;
+        const size_t end = chunk_[first + t].position + 1;
         visible[t * queries + i] = end;
         seen_from[t * queries + i] = kind_.window == 0 || kind_.window >= end ? 0 : end - kind_.window;
       }
@@ -67,7 +67,7 @@ class AttentionPass {
         .out = own_.mixed.data(),
         .scores = own_.scores.data(),
     };
-    cache_.show(index_, head, args);
+    chunk_[first].cache->show(index_, head, args);
     room_.attend(&args);
     for (size_t t = 0; t < tokens; ++t) {
       for (size_t i = 0; i < queries; ++i) {
@@ -91,8 +91,7 @@ class AttentionPass {
   const Layer& layer_;
   const LayerAttention kind_;
   size_t index_;
-  const Chunk& chunk_;
-  KvCache& cache_;
+  const Chunk chunk_;
   Workspace& work_;
   Scratch& own_;
   size_t row_stride_;
@@ -100,34 +99,33 @@ class AttentionPass {
 
 }  // namespace
 
-void run_attention(const Model& model, size_t layer, const Chunk& chunk, KvCache& cache, Workspace& work,
-                   Worker& worker) {
+void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker) {
   const Config& config = model.config();
   const size_t heads = config.num_key_value_heads, group = config.queries_per_key();
   const size_t queries = std::min(group, kAttendRows);  // of one call
-  AttentionPass pass(model, layer, chunk, cache, work, worker);
-  if (chunk.count == 1) {
-    // A head stays with one thread from projection to output: no barrier between storing and reading.
-    worker.deal(heads, 1, [&](Range head) {
-      pass.store(0, head.begin);
-      for (size_t q = 0; q < group; q += queries) {
-        pass.attend(head.begin, head.begin * group + q, std::min(queries, group - q), 0, 1);
+  AttentionPass pass(model, layer, chunk, work, worker);
+  const auto attend = [&](size_t head, Range tile) {
+    for (size_t q = 0; q < group; q += queries) {
+      pass.attend(head, head * group + q, std::min(queries, group - q), tile);
+    }
+  };
+  // Where each sequence has one token a head stays with one thread from projection to output: no barrier between
+  // storing and reading.
+  const bool one_each = work.one_token_each;
+  if (!one_each) {
+    worker.deal(chunk.size(), kTokensDealt, [&](Range tokens) {
+      for (size_t t = tokens.begin; t < tokens.end; ++t) {
+        for (size_t head = 0; head < heads; ++head) pass.store(t, head);
       }
     });
-    return;
+    worker.barrier();
   }
-  worker.deal(chunk.count, kTokensDealt, [&](Range tokens) {
-    for (size_t t = tokens.begin; t < tokens.end; ++t) {
-      for (size_t head = 0; head < heads; ++head) pass.store(t, head);
-    }
-  });
-  worker.barrier();
-  const size_t tile = std::max<size_t>(1, kAttendRows / queries), tiles = ceil_div(chunk.count, tile);
+  const size_t tiles = work.tiles.size();
   worker.deal(heads * tiles, 1, [&](Range one) {
-    const size_t head = one.begin / tiles, first = one.begin % tiles * tile;
-    for (size_t q = 0; q < group; q += queries) {
-      pass.attend(head, head * group + q, std::min(queries, group - q), first, std::min(tile, chunk.count - first));
-    }
+    const size_t head = one.begin / tiles;
+    const Range tile = work.tiles[one.begin % tiles];
+    if (one_each) pass.store(tile.begin, head);
+    attend(head, tile);
   });
 }
 

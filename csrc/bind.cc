@@ -94,6 +94,10 @@ nb::object score(Session& session, const Tokens& tokens, int64_t first) {
   return out.cast();
 }
 
+const char* name_of(Finish finish) {
+  return finish == Finish::stop ? "stop" : finish == Finish::length ? "length" : "context";
+}
+
 nb::object decode(Session& session, Sampler& sampler, int64_t max_new_tokens, const std::vector<int32_t>& stop) {
   const size_t most = not_negative("max_new_tokens", max_new_tokens);
   std::vector<int32_t> tokens;
@@ -102,8 +106,33 @@ nb::object decode(Session& session, Sampler& sampler, int64_t max_new_tokens, co
     const nb::gil_scoped_release release;
     finish = session.decode(sampler, most, stop, tokens);
   }
-  const char* reason = finish == Finish::stop ? "stop" : finish == Finish::length ? "length" : "context";
-  return nb::make_tuple(tokens, reason);
+  return nb::make_tuple(tokens, name_of(finish));
+}
+
+nb::object forward_together(const std::vector<Session*>& sessions, const std::vector<Tokens>& tokens) {
+  if (sessions.empty()) throw std::invalid_argument("no sessions: give at least one");
+  std::vector<std::span<const int32_t>> views;
+  for (const Tokens& one : tokens) views.push_back(view(one));
+  FloatOut out({sessions.size(), sessions[0]->model().config().vocab_size});
+  {
+    const nb::gil_scoped_release release;
+    Session::forward_together(sessions, views, out.data());
+  }
+  return out.cast();
+}
+
+nb::object decode_together(const std::vector<Session*>& sessions, const std::vector<Sampler*>& samplers,
+                           int64_t max_new_tokens, const std::vector<int32_t>& stop) {
+  const size_t most = not_negative("max_new_tokens", max_new_tokens);
+  std::vector<std::vector<int32_t>> tokens;
+  std::vector<Finish> finish;
+  {
+    const nb::gil_scoped_release release;
+    finish = Session::decode_together(sessions, samplers, most, stop, tokens);
+  }
+  nb::list found;
+  for (size_t s = 0; s < tokens.size(); ++s) found.append(nb::make_tuple(tokens[s], name_of(finish[s])));
+  return found;
 }
 
 nb::dict memory_of(const Model& model) {
@@ -265,6 +294,9 @@ void bind_session(nb::module_& m) {
           "truncate", [](Session& self, int64_t position) { self.truncate(not_negative("position", position)); },
           "position"_a)
       .def("forward_tapped", &forward_tapped, "tokens"_a);
+  m.def("forward_together", &forward_together, "sessions"_a, "tokens"_a);
+  m.def("decode_together", &decode_together, "sessions"_a, "samplers"_a, "max_new_tokens"_a,
+        "stop"_a = std::vector<int32_t>());
 }
 
 void bind_machine(nb::module_& m) {

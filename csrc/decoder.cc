@@ -10,13 +10,13 @@ constexpr size_t kHeadRowsDealt = 512;
 
 class LayerPass {
  public:
-  LayerPass(const Model& model, const Chunk& chunk, Workspace& work, Worker& worker)
+  LayerPass(const Model& model, Chunk chunk, Workspace& work, Worker& worker)
       : model_(model), config_(model.config()), room_(model.room()), chunk_(chunk), work_(work), worker_(worker) {}
 
   // Inputs of linears that read x = [tokens][x_stride]: normed by `norm` (null: as it is), then by each linear's own
   // norm, then quantised or kept as floats. Linears without a norm of their own share one input.
   void prepare(const float* x, size_t x_stride, const float* norm, std::span<const Linear* const> linears) {
-    const bool alone = chunk_.count == 1;
+    const bool alone = chunk_.size() == 1;
     for (size_t i = 0; i < linears.size(); ++i) {
       inputs_[i] = input_for(*linears[i], alone, i);
       same_as_[i] = i;
@@ -29,7 +29,7 @@ class LayerPass {
     if (alone) {
       prepare_token(x, 0, norm, linears);
     } else {
-      worker_.deal(chunk_.count, inputs_[0].tile, [&](Range tile) {
+      worker_.deal(chunk_.size(), inputs_[0].tile, [&](Range tile) {
         for (size_t t = tile.begin; t < tile.end; ++t) prepare_token(x + t * x_stride, t, norm, linears);
         for (size_t i = 0; i < linears.size(); ++i) {
           if (same_as_[i] == i && linears[i]->is_ternary) pack_tile(tile.begin, inputs_[i]);
@@ -46,8 +46,8 @@ class LayerPass {
   Input input_for(const Linear& linear, bool alone, size_t slot) {
     Scratch& own = work_.scratch[worker_.index()];
     Input in;
-    in.tokens = chunk_.count;
-    in.tile = tile_for(chunk_.count, room_.tile);
+    in.tokens = chunk_.size();
+    in.tile = tile_for(chunk_.size(), room_.tile);
     in.columns = linear.columns();
     in.shape = code_shape(in.columns, config_.block_size, room_.group);
     const size_t rows = alone ? 1 : kChunk;
@@ -103,7 +103,7 @@ class LayerPass {
   const Model& model_;
   const Config& config_;
   const KernelTable& room_;
-  const Chunk& chunk_;
+  Chunk chunk_;
   Workspace& work_;
   Worker& worker_;
   Input inputs_[kInputs];
@@ -167,12 +167,12 @@ void project_qkv(const Model& model, const Layer& layer, const LayerPass& pass, 
 
 }  // namespace
 
-void rotary_table(const Config& config, const Chunk& chunk, Workspace& work) {
+void begin_chunk(const Config& config, Chunk chunk, Workspace& work) {
   const size_t half = config.head_dim / 2;
   for (size_t r = 0; r < config.ropes.size(); ++r) {
     const Rope& rope = config.ropes[r];
-    for (size_t t = 0; t < chunk.count; ++t) {
-      const auto position = static_cast<float>(chunk.position + t);
+    for (size_t t = 0; t < chunk.size(); ++t) {
+      const auto position = static_cast<float>(chunk[t].position);
       const size_t at = (r * kChunk + t) * half;
       for (size_t i = 0; i < half; ++i) {
         const float angle = position * rope.inv_freq[i];  // in fp32, as the models are trained
@@ -181,15 +181,27 @@ void rotary_table(const Config& config, const Chunk& chunk, Workspace& work) {
       }
     }
   }
+  const size_t most = std::max<size_t>(1, kAttendRows / std::min(config.queries_per_key(), kAttendRows));
+  work.tiles.clear();
+  work.one_token_each = true;
+  for (size_t t = 0; t < chunk.size(); ++t) {
+    const bool goes_on = t > 0 && chunk[t].cache == chunk[t - 1].cache;
+    work.one_token_each = work.one_token_each && !goes_on;
+    if (goes_on && t - work.tiles.back().begin < most) {
+      work.tiles.back().end = t + 1;
+    } else {
+      work.tiles.push_back({t, t + 1});
+    }
+  }
 }
 
-void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspace& work, Worker& worker) {
+void run_layers(const Model& model, Chunk chunk, Workspace& work, Worker& worker) {
   const Config& config = model.config();
   const KernelTable& room = model.room();
-  worker.deal(chunk.count, kTokensDealt, [&](Range tokens) {
+  worker.deal(chunk.size(), kTokensDealt, [&](Range tokens) {
     for (size_t t = tokens.begin; t < tokens.end; ++t) {
       float* row = work.state.data() + t * work.state_stride;
-      table_row(room, model.embedding(), static_cast<size_t>(chunk.tokens[t]), row);
+      table_row(room, model.embedding(), static_cast<size_t>(chunk[t].token), row);
       if (config.embedding_scale == 1) continue;
       for (size_t i = 0; i < config.hidden_size; ++i) row[i] *= config.embedding_scale;
     }
@@ -207,7 +219,7 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
     project_qkv(model, layer, pass, work, worker);
     worker.barrier();
     work.end(Phase::qkv, worker);
-    run_attention(model, i, chunk, cache, work, worker);
+    run_attention(model, i, chunk, work, worker);
     worker.barrier();
     work.end(Phase::attention, worker);
     const Linear* const reads_attended[] = {&layer.o_proj};
@@ -230,19 +242,19 @@ void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspac
     add_to_state(model, layer.down_proj, layer.mlp_output_norm, pass.input(0), work, worker);
     work.end(Phase::down_proj, worker);
     if (work.taps != nullptr && worker.index() == 0) {
-      tap_states(work, "model.layers." + std::to_string(i), work.state.data(), chunk.count, config.hidden_size,
+      tap_states(work, "model.layers." + std::to_string(i), work.state.data(), chunk.size(), config.hidden_size,
                  work.state_stride);
     }
   }
 }
 
-void run_head(const Model& model, size_t first, size_t count, Workspace& work, float* normed, float* logits,
+void run_head(const Model& model, const float* states, size_t count, Workspace& work, float* normed, float* logits,
               Worker& worker) {
   const Config& config = model.config();
   const Range tokens = worker.share(count);
   for (size_t t = tokens.begin; t < tokens.end; ++t) {
-    model.room().rms_norm(work.state.data() + (first + t) * work.state_stride, model.final_norm(), config.rms_norm_eps,
-                          config.hidden_size, normed + t * config.hidden_size);
+    model.room().rms_norm(states + t * work.state_stride, model.final_norm(), config.rms_norm_eps, config.hidden_size,
+                          normed + t * config.hidden_size);
   }
   worker.barrier();
   if (work.taps != nullptr && worker.index() == 0) {

@@ -3,6 +3,8 @@
 // which saves a barrier; the order of all sums is the same for any number of threads, and so are the results.
 #pragma once
 
+#include <span>
+
 #include "kv_cache.h"
 #include "workspace.h"
 
@@ -10,24 +12,27 @@ namespace bitdistill {
 
 constexpr size_t kTokensDealt = 8;  // tokens of a chunk of work that is done token by token
 
-struct Chunk {
-  const int32_t* tokens;
-  size_t count;     // 1..kChunk
-  size_t position;  // of the first
+// A token, where it stands in its sequence, and the keys and values of that sequence.
+struct Row {
+  int32_t token;
+  size_t position;
+  KvCache* cache;
 };
+// 1..kChunk tokens that go through the layers together. Those of one sequence stand side by side, in order.
+using Chunk = std::span<const Row>;
 
-// Embedding and all layers: leaves the states before the last norm in work.state. Fills cosine and sine first.
-void rotary_table(const Config& config, const Chunk& chunk, Workspace& work);
-void run_layers(const Model& model, const Chunk& chunk, KvCache& cache, Workspace& work, Worker& worker);
+// Before the threads start: cosine and sine of the chunk's positions, and how attention is cut into tiles.
+void begin_chunk(const Config& config, Chunk chunk, Workspace& work);
+// Embedding and all layers: leaves the states before the last norm in work.state.
+void run_layers(const Model& model, Chunk chunk, Workspace& work, Worker& worker);
 
-// logits[t][0..V) of states [first, first + count) of the chunk, a share of the vocabulary a thread. `normed` receives
+// logits[t][0..V) of `count` states, [count][work.state_stride], a share of the vocabulary a thread. `normed` receives
 // the states after the last norm, [count][hidden_size]. Ends without a barrier.
-void run_head(const Model& model, size_t first, size_t count, Workspace& work, float* normed, float* logits,
+void run_head(const Model& model, const float* states, size_t count, Workspace& work, float* normed, float* logits,
               Worker& worker);
 
 // One phase of the decoder, in attention.cc: rotates queries and keys, stores keys and values, attends.
-void run_attention(const Model& model, size_t layer, const Chunk& chunk, KvCache& cache, Workspace& work,
-                   Worker& worker);
+void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker);
 
 // In head.cc, also used on their own by tests.
 void table_row(const KernelTable& room, const DenseMatrix& table, size_t row, float* out);

@@ -7,9 +7,6 @@
 namespace bitdistill {
 namespace {
 
-// Tokens whose logits are computed together: their states fit the second-level cache beside a strip of the head.
-constexpr size_t kHeadTokens = 16;
-
 size_t checked_context(const Model& model, size_t context) {
   const size_t most = model.config().max_context;
   if (context > most) {
@@ -51,19 +48,25 @@ void Session::check(std::span<const int32_t> tokens) const {
   }
 }
 
+void Session::run_chunk(Chunk chunk, const std::function<void(Worker&)>& after) {
+  if (profile_) profile_->begin();
+  begin_chunk(model_->config(), chunk, work_);
+  model_->pool().run([&](Worker& worker) {
+    run_layers(*model_, chunk, work_, worker);
+    after(worker);
+  });
+  if (profile_) profile_->end(Phase::head);
+}
+
 template <class AfterChunk>
 void Session::feed(std::span<const int32_t> tokens, AfterChunk&& after_chunk) {
   for (size_t done = 0; done < tokens.size();) {
-    const Chunk chunk{tokens.data() + done, std::min(kChunk, tokens.size() - done), stored_};
-    if (profile_) profile_->begin();
-    rotary_table(model_->config(), chunk, work_);
-    model_->pool().run([&](Worker& worker) {
-      run_layers(*model_, chunk, cache_, work_, worker);
-      after_chunk(worker, done, chunk.count);
-    });
-    if (profile_) profile_->end(Phase::head);
-    stored_ += chunk.count;
-    done += chunk.count;
+    const size_t count = std::min(kChunk, tokens.size() - done);
+    rows_.clear();
+    for (size_t t = 0; t < count; ++t) rows_.push_back({tokens[done + t], stored_ + t, &cache_});
+    run_chunk(rows_, [&](Worker& worker) { after_chunk(worker, done, count); });
+    stored_ += count;
+    done += count;
   }
 }
 
@@ -72,7 +75,7 @@ void Session::feed_for_last(std::span<const int32_t> tokens) {
   normed_.resize(std::max(normed_.size(), model_->config().hidden_size));
   feed(tokens, [&](Worker& worker, size_t done, size_t count) {
     if (done + count < tokens.size()) return;
-    run_head(*model_, count - 1, 1, work_, normed_.data(), logits_.data(), worker);
+    run_head(*model_, work_.state_of(count - 1), 1, work_, normed_.data(), logits_.data(), worker);
   });
   has_logits_ = true;
 }
@@ -99,8 +102,8 @@ void Session::forward(std::span<const int32_t> tokens, bool all_positions, float
   work_.taps = taps;
   feed(tokens, [&](Worker& worker, size_t done, size_t count) {
     for (size_t first = 0; first < count; first += kHeadTokens) {
-      run_head(*model_, first, std::min(kHeadTokens, count - first), work_, normed_.data() + first * width,
-               logits + (done + first) * vocabulary, worker);
+      run_head(*model_, work_.state_of(first), std::min(kHeadTokens, count - first), work_,
+               normed_.data() + first * width, logits + (done + first) * vocabulary, worker);
     }
   });
   work_.taps = nullptr;
@@ -132,7 +135,7 @@ void Session::score(std::span<const int32_t> tokens, size_t first, float* out) {
     for (size_t at = 0; at < count; at += kHeadTokens) {
       const size_t part = std::min(kHeadTokens, count - at);
       if (done + at + part < first) continue;
-      run_head(*model_, at, part, work_, normed_.data() + at * width, logits.data(), worker);
+      run_head(*model_, work_.state_of(at), part, work_, normed_.data() + at * width, logits.data(), worker);
       worker.barrier();
       const Range mine = worker.share(part);
       for (size_t t = mine.begin; t < mine.end; ++t) {

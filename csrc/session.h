@@ -1,7 +1,9 @@
 // One sequence of tokens on a model.
 #pragma once
 
+#include <functional>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <span>
 
@@ -9,6 +11,9 @@
 #include "sampler.h"
 
 namespace bitdistill {
+
+// Tokens whose logits are computed together: their states fit the second-level cache beside a strip of the head.
+constexpr size_t kHeadTokens = 16;
 
 enum class Finish { stop, length, context };
 
@@ -29,17 +34,33 @@ class Session {
   void score(std::span<const int32_t> tokens, size_t first, float* out);
   Finish decode(Sampler& sampler, size_t max_new_tokens, std::span<const int32_t> stop, std::vector<int32_t>& out);
   void truncate(size_t position);
+
+  // Several sequences of one model together, each as if alone; no session may come twice. Throws std::invalid_argument,
+  // all unchanged.
+  // logits[s][V] of the last of tokens[s], appended to sessions[s].
+  static void forward_together(std::span<Session* const> sessions, std::span<const std::span<const int32_t>> tokens,
+                               float* logits);
+  static std::vector<Finish> decode_together(std::span<Session* const> sessions, std::span<Sampler* const> samplers,
+                                             size_t max_new_tokens, std::span<const int32_t> stop,
+                                             std::vector<std::vector<int32_t>>& out);
+
   // Counts the time of each phase from here on; what was counted before is forgotten.
   void start_profile();
   const std::optional<Profile>& profile() const { return profile_; }
 
  private:
   void check(std::span<const int32_t> tokens) const;
+  // Held for as long as the sessions are worked on together. Throws std::invalid_argument.
+  static std::vector<std::unique_lock<std::mutex>> lock_together(std::span<Session* const> sessions);
   // All chunks of `tokens` through the layers; after_chunk(worker, done, count) runs on every thread after each.
   template <class AfterChunk>
   void feed(std::span<const int32_t> tokens, AfterChunk&& after_chunk);
+  void run_chunk(Chunk chunk, const std::function<void(Worker&)>& after);
   void feed_for_last(std::span<const int32_t> tokens);
   void feed_pending();
+  // Tokens of several sessions, in the buffers of this one; logits[s][V] of the last token of each.
+  void feed_together(std::span<Session* const> sessions, std::span<const std::span<const int32_t>> tokens,
+                     float* logits);
 
   std::shared_ptr<const Model> model_;
   size_t context_;
@@ -52,6 +73,7 @@ class Session {
   bool has_logits_ = false;         // logits_ follow the last token
   std::vector<float> logits_;
   std::vector<float> normed_;  // [kChunk][hidden_size] at most
+  std::vector<Row> rows_;
 };
 
 }  // namespace bitdistill

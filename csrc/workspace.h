@@ -57,9 +57,12 @@ struct Workspace {
   Array<float> scale;
   Array<float> floats;           // [kInputs][tokens][widest], for dense linears
   std::vector<Scratch> scratch;  // one per thread
+  std::vector<Range> tiles;      // of attention: tokens of one sequence, at most kAttendRows query rows a KV head
+  bool one_token_each = false;   // of every sequence in the chunk
   Taps* taps = nullptr;
   Profile* profile = nullptr;
 
+  const float* state_of(size_t token) const { return state.data() + token * state_stride; }
   void end(Phase phase, const Worker& worker) const {
     if (profile != nullptr && worker.index() == 0) profile->end(phase);
   }

@@ -26,9 +26,10 @@ if "BITDISTILL_CORE" in os.environ:
 import pytest
 import torch
 from hypothesis import settings
+from tiny_encoders import small_encoder, wordpiece
 from tiny_families import PECULIARITIES, dense_classes
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Derandomised: a test that passed on one machine draws the same examples on the next.
 # No deadline: a busy machine is not a bug.
@@ -247,6 +248,31 @@ def qwen3(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokeniz
 def llama(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:
     """Checkpoint of a small Llama with its tokenizer. Read it, or copy it before damaging it."""
     return _saved("llama", tmp_path_factory, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def wordpieces() -> PreTrainedTokenizerBase:
+    """BERT's tokenizer over the sentences."""
+    return wordpiece(SENTENCES)
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory, wordpieces: PreTrainedTokenizerBase) -> Path:
+    """Checkpoint of a small BERT as it was pre-trained: masked-LM head, pooler, next-sentence head."""
+    folder = tmp_path_factory.mktemp("models") / "bert"
+    small_encoder("BertForPreTraining").save_pretrained(folder)
+    wordpieces.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_project(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The project with columns in place of the template: what an encoder reads."""
+    recipe = write_project(tmp_path_factory.mktemp("encoder_project"))
+    template = next(line for line in recipe.read_text(encoding="utf-8").splitlines() if "template" in line)
+    text = recipe.read_text(encoding="utf-8").replace(template, 'columns = ["text"]')
+    recipe.write_text(text, encoding="utf-8")
+    return recipe
 
 
 def _saved(family: str, factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Path:

@@ -87,7 +87,7 @@ def compare(kind: str, granularity: str, *, bf16: bool, policy: MixedPrecisionPo
     return {
         "sharded": all(isinstance(p, DTensor) and p.placements == (Shard(0),) for p in sharded.parameters()),
         "share": sum(local for local, _ in sizes) / sum(total for _, total in sizes),
-        "teacher_sharded": kind == "distillation" and is_sharded(sharded.teacher.model),
+        "teacher_sharded": kind == "distillation" and is_sharded(sharded.teacher),
         "weights": len(weights),
         "equal_weights": sum(torch.equal(a, b) for a, b in zip(expected_weights, weights, strict=True)),
         "equal_codes_of_shards": same_codes,

@@ -237,7 +237,7 @@ def hub(monkeypatch, llama, teacher) -> list[tuple[str, str | None]]:
         return record
 
     for module in (pipeline, stage3_distill):
-        for name in ("load_model", "load_tokenizer"):
+        for name in ("load_config", "load_model", "load_tokenizer"):
             monkeypatch.setattr(module, name, from_hub(getattr(loading, name)))
     return loaded
 

@@ -77,6 +77,7 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_one(document, message
         ("task.validation_share", float("nan")),
         ("task.max_new_tokens", 0),
         ("task.labels", ("only",)),
+        ("task.columns", ("a", "b", "c")),
         ("task.kind", "regression"),
         ("base.tokens", 0),
         ("base.vocab_size", 259),
@@ -239,6 +240,20 @@ def test_settings_that_contradict_each_other_are_refused(document, message):
         ),
         ({"task": {"name": "cnndm", "document_column": "x"}}, "task.document_column", "x", 'name = "jsonl"'),
         ({"task": {"name": "qnli", "kind": "generation"}}, "task.kind", "generation", "leave it out"),
+        ({"task": {"name": "sst2", "columns": ["a"]}}, "task.columns", ("a",), 'name = "jsonl"'),
+        (
+            {"task": {"name": "jsonl", "columns": ["a"], "template": "{a}"}},
+            "task.columns",
+            ("a",),
+            "leave out task.template",
+        ),
+        (
+            {"task": {"name": "jsonl", "kind": "generation", "columns": ["a"]}},
+            "task.columns",
+            ("a",),
+            'kind = "classification"',
+        ),
+        ({"task": {"name": "jsonl", "columns": ["a"]}, "base": {}}, "task.columns", ("a",), "task.template"),
         ({"sft": {"two_stage_drop": 0.3}}, "sft.two_stage_drop", 0.3, 'schedule = "two_stage"'),
         ({"base": {"continue_from": "x", "hidden_size": 64}}, "base.hidden_size", 64, "leave it out"),
         (

@@ -1,6 +1,7 @@
 """What the tests know of a family beyond its row: the peculiarities that a tiny model of it must show.
 
-``FAMILY_NAMES`` follows the table, so a new row runs through every test that is parametrised by ``families``.
+``FAMILY_NAMES`` are the decoders of the table, so a new row runs through every test that is parametrised by
+``families``. Encoders have tests of their own (``tiny_encoders.py``).
 """
 
 from typing import Any
@@ -10,7 +11,8 @@ import transformers
 
 from bitdistill.model import FAMILIES, find_family
 
-FAMILY_NAMES = [family.model_type for family in FAMILIES]
+FAMILY_NAMES = [family.model_type for family in FAMILIES if not family.is_encoder]
+ENCODER_NAMES = [family.model_type for family in FAMILIES if family.is_encoder]
 families = pytest.mark.parametrize("family", FAMILY_NAMES)
 
 # Windows are shorter than the tests' sequences, and both kinds of layer are there where a family has two.

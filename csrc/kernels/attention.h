@@ -150,8 +150,12 @@ void attend_typed(const Attend* a) {
   }
   for (size_t i = 0; i < a->rows * a->padded_dim; ++i) a->out[i] = 0;
   const size_t last = a->visible[a->rows - 1];
-  for (size_t start = a->first[0] / kKeyBlock * kKeyBlock; start < last; start += kScoreKeys) {
-    const size_t count = last - start < kScoreKeys ? last - start : kScoreKeys;
+  // Chunks of keys end at multiples of kScoreKeys wherever the first begins: the sums of a row then do not depend on
+  // the rows beside it.
+  size_t count;
+  for (size_t start = a->first[0] / kKeyBlock * kKeyBlock; start < last; start += count) {
+    const size_t end = start / kScoreKeys * kScoreKeys + kScoreKeys;
+    count = (last < end ? last : end) - start;
     size_t row = 0;
     for (; row + kRows <= a->rows; row += kRows) attend_rows<V, kForm, kRows>(a, row, start, count, highest, total);
     for (; row + 2 <= a->rows; row += 2) attend_rows<V, kForm, 2>(a, row, start, count, highest, total);

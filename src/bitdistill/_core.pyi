@@ -204,6 +204,18 @@ class Session:
         ``model.layers.<i>`` float32 ``[T, D]`` after each layer, ``model.norm`` after the last norm.
         """
 
+def forward_together(sessions: list[Session], tokens: list[NDArray[np.int32]]) -> NDArray[np.float32]:
+    """Append tokens to several sequences of one model in one pass; logits ``[S, V]`` of the last token of each.
+
+    Each is as if it were alone, to the last bit. Raises ValueError, all unchanged: a session comes twice, they belong
+    to different models, or tokens that ``forward`` refuses.
+    """
+
+def decode_together(
+    sessions: list[Session], samplers: list[Sampler], max_new_tokens: int, stop: Sequence[int] = ()
+) -> list[tuple[list[int], Literal["stop", "length", "context"]]]:
+    """``decode`` of several sequences of one model, a token of each in one pass."""
+
 # --- the machine ---
 
 def probe_bandwidth(threads: int, seconds: float = 0.3) -> float:

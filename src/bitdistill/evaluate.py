@@ -3,7 +3,8 @@
 Classification by label log-likelihood: the score of a label is the sum of the log-probabilities of its tokens after
 the prompt, with no length normalisation, and the highest score wins (the first on a tie). Classification by
 generation: the model writes greedily as many tokens as the longest label has, and its answer is the label that the
-text begins with (the longest such label; none is a wrong answer).
+text begins with (the longest such label; none is a wrong answer). An encoder's classifier answers with its highest
+logit.
 """
 
 import math
@@ -12,13 +13,22 @@ from typing import Any, Protocol
 
 import torch
 from torch.nn import functional as F
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria
+from transformers import (
+    DataCollatorWithPadding,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+)
 
 from .data.corpus import PackedSequences
 from .data.prompts import PromptEncoder
+from .data.segments import SegmentSequences
 from .data.tasks import Example
+from .errors import CheckpointError
 from .metrics import Evaluation, Score, judge_summaries
 from .processes import process_state
+from .train.encoder_objective import class_logits
+from .train.loading import is_encoder
 
 BATCH_TOKENS = 4096
 """Padded tokens of an evaluation batch."""
@@ -37,9 +47,18 @@ class Scorer(Protocol):
 
 
 class TorchScorer:
-    """A transformers causal LM as a ``Scorer``; evaluates in the model's own dtype."""
+    """A transformers causal LM as a ``Scorer``; evaluates in the model's own dtype.
+
+    Raises:
+        CheckpointError: the model is an encoder.
+    """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+        if is_encoder(model.config):
+            raise CheckpointError(
+                f"{model.config.model_type} is an encoder, which neither scores nor writes text; use a causal language "
+                "model, or bitdistill eval for a classifier"
+            )
         self.model = model.to(process_state().device).eval()
         self.tokenizer = tokenizer
         self.pad_id = tokenizer.pad_token_id
@@ -163,6 +182,24 @@ def evaluate_classification(
     for index, example in enumerate(examples):
         row = scores[index * len(labels) : (index + 1) * len(labels)]
         correct.append(row.index(max(row)) == example.label)
+    return Evaluation.of("accuracy", correct)
+
+
+@torch.inference_mode()
+def evaluate_classifier(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], max_length: int
+) -> Evaluation:
+    """Accuracy of an encoder's classifier; in the model's own dtype."""
+    model = model.to(process_state().device).eval()
+    sequences = SegmentSequences(examples, tokenizer, max_length)
+    collate = DataCollatorWithPadding(tokenizer)
+    order = sorted(range(len(sequences)), key=sequences.lengths.__getitem__)
+    correct = [False] * len(sequences)
+    for indices in _length_batches([tuple(sequences[i]["input_ids"]) for i in order], indices=order):
+        batch = collate([sequences[i] for i in indices]).to(model.device)
+        found = class_logits(model, batch).argmax(dim=-1) == batch["labels"]
+        for index, is_correct in zip(indices, found.tolist(), strict=True):
+            correct[index] = is_correct
     return Evaluation.of("accuracy", correct)
 
 

@@ -30,7 +30,7 @@ from .packed import (
     is_packed,
     write_tensors,
 )
-from .train.loading import load_model, load_tokenizer
+from .train.loading import is_encoder, load_model, load_tokenizer
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
@@ -126,6 +126,11 @@ def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
     from .engine.families import FAMILIES
 
     model_type, known = model.config.model_type, ", ".join(FAMILIES)
+    if is_encoder(model.config):
+        raise CheckpointError(
+            f"{source}: the engine runs decoders, and {model_type} is an encoder. Use it with transformers "
+            "(bitdistill eval, or AutoModelForSequenceClassification and trust_remote_code=True)"
+        )
     if not any(ternary_of(m) is not None for m in model.modules() if isinstance(m, nn.Linear)):
         raise CheckpointError(
             f"{source} is not a ternary model (model_type {model_type!r}); export takes {known}. "

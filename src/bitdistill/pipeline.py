@@ -30,6 +30,7 @@ from .evaluate import (
     TorchScorer,
     evaluate_classification,
     evaluate_classification_by_generation,
+    evaluate_classifier,
     evaluate_generation,
     evaluate_summaries,
 )
@@ -37,7 +38,13 @@ from .metrics import Evaluation, check_installed, judge_summaries, scores_as_dic
 from .processes import is_main_process, on_main_process
 from .recipe import to_dict
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
-from .train.loading import check_family, load_config, load_model, load_tokenizer
+from .train.encoder import (
+    check_finished_classifier,
+    check_recipe,
+    check_stage_2,
+    load_finished_classifier,
+)
+from .train.loading import check_family, is_encoder, load_config, load_model, load_tokenizer
 from .train.size import model_size
 from .train.teacher_cache import finished_caches
 
@@ -130,12 +137,20 @@ def run(recipe: Recipe) -> dict[str, Any]:
         check_installed()
     methods = [Method(key) for key in recipe.run.methods]
     teacher: str | Path | None = recipe.distill.teacher or None
-    if teacher is not None and any(m.needs_teacher for m in methods):
-        load_config(teacher, recipe.distill.teacher_revision)  # before hours of training that would lack it
+    distills = any(m.needs_teacher for m in methods)
+    if teacher is not None and distills:
+        # before hours of training that would lack it
+        teacher_config = load_config(teacher, recipe.distill.teacher_revision)
     source = model_source(recipe)
     if any(not m.name.startswith("fp16") for m in methods):
         check_family(source, recipe.revision_of(source))  # before hours of training that could not be used
-    if teacher is None and any(m.needs_teacher for m in methods):
+    config = load_config(source, recipe.revision_of(source))
+    check_recipe(recipe, config, distill=distills)
+    if any(step is stage2_pretrain.run for m in methods for _, step, _ in m.preparation(recipe)):
+        check_stage_2(recipe, source, config)
+    if teacher is not None and distills and is_encoder(config):
+        check_finished_classifier(teacher, teacher_config, task)
+    if teacher is None and distills:
         methods.sort(key=lambda m: m.name != "fp16_sft")
         if methods[0].name != "fp16_sft":
             methods.insert(0, Method("fp16_sft"))
@@ -246,8 +261,15 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def evaluate_model(recipe: Recipe, task: Task, source: str | Path, split: str) -> Evaluation:
     """Evaluate any checkpoint on ``validation`` or ``test``."""
-    tokenizer = load_tokenizer(source, recipe.revision_of(source))
-    scorer = TorchScorer(load_model(source, recipe.revision_of(source)), tokenizer)
+    revision = recipe.revision_of(source)
+    config = load_config(source, revision)
+    check_recipe(recipe, config, distill=False)
+    tokenizer = load_tokenizer(source, revision)
+    if is_encoder(config):
+        model = load_finished_classifier(source, revision, task)
+        examples = task.test if split == "test" else task.validation
+        return evaluate_classifier(model, tokenizer, examples, recipe.task.max_length)
+    scorer = TorchScorer(load_model(source, revision), tokenizer)
     return evaluate_scorer(recipe, task, scorer, tokenizer, split)
 
 
@@ -275,7 +297,17 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
 
 
 def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
-    """Perplexity of a checkpoint on the part of the corpus that no training step reads."""
+    """Perplexity of a checkpoint on the part of the corpus that no training step reads.
+
+    Raises:
+        ConfigError: it is an encoder, which gives no text a probability.
+    """
+    config = load_config(source, recipe.revision_of(source))
+    if is_encoder(config):
+        raise ConfigError(
+            f"--perplexity: {source} is an encoder ({config.model_type}), whose tokens see those behind them, so a "
+            "text has no probability; leave the option out to judge it on the task"
+        )
     tokenizer = load_tokenizer(source, recipe.revision_of(source))
     model = load_model(source, recipe.revision_of(source))
     return TorchScorer(model, tokenizer).perplexity(heldout_sequences(recipe, tokenizer))

@@ -174,3 +174,12 @@ def test_windows_are_drawn_from_the_random_order_not_from_neighbouring_indices()
     lengths = [1] * size
     first_window = order(size, lengths=lengths, seed=2)[:4]
     assert max(first_window) - min(first_window) > 4 * LENGTH_WINDOW / 4
+
+
+@given(size=st.integers(1, 30), steps=st.integers(1, 30), seed=st.integers(0, 9))
+def test_numbered_samples_say_their_epoch(size, steps, seed):
+    plain = SeededOrder(size, seed, batch_size=4, steps=steps)
+    numbered = SeededOrder(size, seed, batch_size=4, steps=steps, numbered=True)
+    pairs = [divmod(number, size) for number in numbered]
+    assert [index for _, index in pairs] == list(plain)
+    assert [epoch for epoch, _ in pairs] == [i // size for i in range(len(plain))]

@@ -80,7 +80,9 @@ class TaskConfig:
     scoring: Literal["likelihood", "generation"] = "likelihood"
     """How a classifier answers: the label with the highest log-likelihood, or greedy text that begins with a label."""
     template: str = ""
-    """Prompt with ``{column}`` placeholders; empty uses the built-in task's."""
+    """Prompt with ``{column}`` placeholders, for a decoder; empty uses the built-in task's."""
+    columns: tuple[str, ...] = ()
+    """JSONL columns that an encoder reads: one, or two for a pair of texts. It has no prompt."""
     labels: tuple[str, ...] = ()
     """Text of each label, in the order of the label values 0, 1, ...; empty uses the built-in task's."""
     label_column: str = "label"
@@ -92,7 +94,8 @@ class TaskConfig:
     eval_file: str = "eval.jsonl"
     """JSONL evaluation file inside ``data_dir``; used once, for the final table."""
     max_length: int = 512
-    """Tokens per example, prompt and answer together; longer prompts lose their beginning (a document its end)."""
+    """Tokens per example, prompt and answer together; longer prompts lose their beginning (a document its end, and what
+    an encoder reads too)."""
     max_train_examples: int = 0
     """Random subset of the training data, the same for every method; 0 keeps all."""
     validation_share: float = 0.1
@@ -122,17 +125,29 @@ class TaskConfig:
         )
         check(self.max_new_tokens >= 1, "task.max_new_tokens", self.max_new_tokens, "use at least 1")
         check(len(self.labels) != 1, "task.labels", self.labels, "give two labels or more, or none at all")
+        check(
+            len(self.columns) <= 2,
+            "task.columns",
+            self.columns,
+            "give one column, or two for a pair of texts",
+        )
+        check(
+            not (self.columns and self.template),
+            "task.columns",
+            self.columns,
+            "an encoder reads columns and a decoder a template; leave out task.template, or this",
+        )
         if self.name == "grammar":
             check_unused(
                 self, "task", ("data_dir",), 'the task is generated; set name = "jsonl" to read files'
             )
         if self.name != "jsonl":
-            keys = ("label_column", "document_column", "train_file", "eval_file")
+            keys = ("columns", "label_column", "document_column", "train_file", "eval_file")
             check_unused(self, "task", keys, f'"{self.name}" has its own; set name = "jsonl"')
         if self.kind == "classification":
             check_unused(self, "task", ("max_new_tokens",), 'a label is short; set kind = "generation"')
         else:
             remedy = 'answers are free text; set kind = "classification"'
-            check_unused(self, "task", ("labels", "scoring"), remedy)
+            check_unused(self, "task", ("labels", "scoring", "columns"), remedy)
         if self.kind != "summarisation":
             check_unused(self, "task", ("document_column",), 'set kind = "summarisation"')

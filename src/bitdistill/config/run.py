@@ -83,6 +83,12 @@ class Recipe:
             self.model.source,
             "a recipe has either model.source or a [base] section, not both",
         )
+        check(
+            not (self.task.columns and self.base),
+            "task.columns",
+            self.task.columns,
+            "the model of [base] is a decoder, which reads a prompt; write task.template",
+        )
 
     @property
     def run_dir(self) -> Path:

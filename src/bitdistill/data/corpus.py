@@ -198,7 +198,8 @@ def build_shards(
 def _tokenize_part(
     config: CorpusConfig, part: Part, tokenizer: PreTrainedTokenizerBase, folder: Path
 ) -> None:
-    end = tokenizer.eos_token_id
+    # An encoder's tokenizer ends a text with its separator.
+    end = tokenizer.sep_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
     if end is None:
         raise DataError(
             "the tokenizer has no end-of-text token (eos_token); documents could not be separated"

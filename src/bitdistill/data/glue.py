@@ -38,6 +38,7 @@ SST2 = Source(
     read=Published(hub=(HUB, "sst2"), split="validation", stems=("dev", "validation")),
     groups=sentences_around,
     template="{sentence} It was",
+    columns=("sentence",),
     labels=(" terrible", " great"),
     label_column="label",
 )
@@ -48,6 +49,7 @@ QNLI = Source(
     # together through either is a passage or a part of one.
     groups=sharing("question", "sentence"),
     template='{sentence}\nDoes this answer the question "{question}"?',
+    columns=("question", "sentence"),
     labels=(" yes", " no"),
     values=("entailment", "not_entailment"),
     label_column="label",
@@ -64,6 +66,7 @@ def _mnli(which: str) -> Source:
         ),
         groups=sharing("premise"),  # each premise was given three hypotheses, one of every label
         template='{premise}\nThen "{hypothesis}" is',
+        columns=("premise", "hypothesis"),
         labels=(" true", " unknown", " false"),
         values=("entailment", "neutral", "contradiction"),
         label_column="label",

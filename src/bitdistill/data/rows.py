@@ -28,6 +28,8 @@ class Source:
     groups: Callable[[Sequence[Row]], list[tuple[int, ...]]]
     """The groups that each row belongs to; related rows stay on one side of the validation split."""
     template: str = ""
+    columns: tuple[str, ...] = ()
+    """What an encoder reads: one column, or two."""
     labels: tuple[str, ...] = ()
     values: tuple[str, ...] = ()
     """What the data itself calls the labels, in their order."""

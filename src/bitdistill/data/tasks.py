@@ -32,6 +32,8 @@ class Example:
     tail: str = ""
     """End of the prompt that always stays. Where there is one, a prompt that is too long loses the end of ``prompt``
     (of the document in it) instead of its beginning."""
+    segments: tuple[str, ...] = ()
+    """What an encoder reads in place of the prompt: one text, or two; nothing where the task is free text."""
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,14 @@ class Task:
     test: tuple[Example, ...]
     lead: tuple[str, ...] = ()
     """Summarisation: the first three sentences of every test document, the usual baseline."""
+    classes: tuple[str, ...] = ()
+    """Classification: what the data calls the labels, or else their texts; names of an encoder's classes."""
 
     @property
     def digest(self) -> str:
         """Digest of everything a model is trained and judged on."""
         parts = [
-            [(e.prompt, e.answer, *filter(None, [e.tail])) for e in part]
+            [(e.prompt, e.answer, *filter(None, [e.tail]), *(() if e.prompt else e.segments)) for e in part]
             for part in (self.train, self.validation, self.test)
         ]
         return digest_of([self.kind, self.labels, parts])
@@ -81,9 +85,11 @@ def load_task(config: TaskConfig) -> Task:
     document_column = ""
     if config.kind == "summarisation":
         document_column = source.document_column or config.document_column
-    if not template:
+    columns = config.columns or source.columns
+    if not template and not columns:
         raise ConfigError(
-            "task.template is empty: write the prompt with {column} placeholders, such as 'Q: {text}\\nA:'"
+            "task.template is empty: write the prompt with {column} placeholders, such as 'Q: {text}\\nA:' "
+            "(for an encoder, the columns that it reads in task.columns)"
         )
     if config.kind == "classification" and not labels:
         raise ConfigError(
@@ -96,7 +102,9 @@ def load_task(config: TaskConfig) -> Task:
         raise ConfigError(f"task.labels = {labels!r}: give one for each of {', '.join(source.values)}")
     rows, test_rows = source.read(config)
     groups = source.groups(rows)
-    build = _ExampleBuilder(config.kind, template, labels, source.values, label_column, document_column)
+    build = _ExampleBuilder(
+        config.kind, template, columns, labels, source.values, label_column, document_column
+    )
     examples = [build(row, f"training row {i + 1}") for i, row in enumerate(rows)]
     test = [build(row, f"evaluation row {i + 1}") for i, row in enumerate(test_rows)]
     if not test:
@@ -108,7 +116,8 @@ def load_task(config: TaskConfig) -> Task:
             f"check task.label_column ({label_column})"
         )
     lead = tuple(summaries.lead(str(row[document_column])) for row in test_rows) if document_column else ()
-    return Task(config.name, config.kind, labels, tuple(train), tuple(validation), tuple(test), lead)
+    classes = source.values or tuple(stripped)
+    return Task(config.name, config.kind, labels, tuple(train), tuple(validation), tuple(test), lead, classes)
 
 
 def _split(
@@ -156,12 +165,13 @@ class _ExampleBuilder:
         self,
         kind: str,
         template: str,
+        segments: tuple[str, ...],
         labels: tuple[str, ...],
         values: tuple[str, ...],
         label_column: str,
         document_column: str,
     ) -> None:
-        self.kind, self.template, self.labels, self.label_column = kind, template, labels, label_column
+        self.kind, self.segments, self.labels, self.label_column = kind, segments, labels, label_column
         self.names = [list(values), [label.strip() for label in labels]]
         """What a label may be called in the data, in the order of the labels; an index does as well."""
         try:
@@ -171,7 +181,7 @@ class _ExampleBuilder:
             raise ConfigError(
                 f"task.template = {template!r}: {error}; write {{column}} for a column, {{{{ for a brace"
             ) from error
-        if not self.columns:
+        if template and not self.columns:
             raise ConfigError(f"task.template = {template!r}: it names no {{column}}")
         self.head, self.tail = template, ""
         if document_column:
@@ -185,11 +195,11 @@ class _ExampleBuilder:
             self.head = before + marker
 
     def __call__(self, row: Row, where: str) -> Example:
-        for column in (*self.columns, self.label_column):
+        for column in (*self.columns, *self.segments, self.label_column):
             if column not in row or row[column] is None:
                 raise DataError(
                     f"{where}: no column {column!r}; it has {', '.join(map(str, row))}. "
-                    "Check task.template and task.label_column."
+                    "Check task.template (for an encoder, task.columns) and task.label_column."
                 )
         texts = {c: str(row[c]).strip() for c in self.columns}
         prompt, tail = self.head.format(**texts), self.tail.format(**texts)
@@ -199,7 +209,8 @@ class _ExampleBuilder:
         if self.kind == "summarisation":
             return Example(prompt, f" {str(value).strip()}", None, tail)
         index = self._label_index(value, where)
-        return Example(prompt, self.labels[index], index)
+        segments = tuple(str(row[column]).strip() for column in self.segments)
+        return Example(prompt, self.labels[index], index, segments=segments)
 
     def _label_index(self, value: Any, where: str) -> int:
         text = str(value).strip()
@@ -237,6 +248,7 @@ _SOURCES = {
         read=_read_grammar,
         groups=one_by_one,
         template="{text}",
+        columns=("text",),
         labels=(" bored me", " pleased me"),
         label_column="label",
     ),

@@ -4,9 +4,9 @@ This folder imports torch, transformers and its own siblings only: a copy of the
 every student checkpoint.
 """
 
-from .families import FAMILIES, Family, find_family
+from .families import FAMILIES, Family, ends_in, family_of, find_family
 from .layers import BitLinear, SubLN, TernarySpec
-from .students import STUDENT_CLASSES, register_students
+from .students import STUDENT_CLASSES, register_students, student_class
 
 register_students()
 
@@ -17,6 +17,9 @@ __all__ = [
     "Family",
     "SubLN",
     "TernarySpec",
+    "ends_in",
+    "family_of",
     "find_family",
     "register_students",
+    "student_class",
 ]

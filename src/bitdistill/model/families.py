@@ -1,7 +1,8 @@
 """The table of model families: facts about Hugging Face classes, no behaviour.
 
 A new decoder family is a new row, provided its linears are ``nn.Linear`` modules inside the decoder layers and its
-logits are its head's output, unchanged. ``docs/adding_a_family.md`` says which facts to look up.
+logits are its head's output, unchanged. So is an encoder, with a masked-LM class and a classification class.
+``docs/adding_a_family.md`` says which facts to look up.
 """
 
 from dataclasses import dataclass
@@ -18,12 +19,18 @@ class Family:
     """``model_type`` of the full-precision config; the student's is ``bit_`` + this."""
     config_class: str
     """Config class name in ``transformers``."""
-    causal_lm_class: str
-    """Causal-LM class name in ``transformers``."""
+    causal_lm_class: str = ""
+    """Causal-LM class name in ``transformers``; an encoder has none."""
+    masked_lm_class: str = ""
+    """Masked-LM class name of an encoder."""
+    classification_class: str = ""
+    """Sequence-classification class name of an encoder."""
+    head_transform: str = ""
+    """Path, in the masked-LM class, of what stands between the last hidden states and the output embeddings."""
     linears_in: tuple[str, ...] = _GATED_IN
-    """Names (last path component) of ternary linears that read the residual stream."""
+    """Ends of the paths of ternary linears that read the residual stream; query, key and value first."""
     linears_out: tuple[str, ...] = _GATED_OUT
-    """Names of ternary linears that write to it: the SubLN sites of the paper."""
+    """Ends of the paths of ternary linears that write to it: the SubLN sites of the paper."""
     norm_eps: str = "rms_norm_eps"
     """Config field whose epsilon the new norms use."""
     text_checkpoint: str = ""
@@ -34,8 +41,27 @@ class Family:
         return f"bit_{self.model_type}"
 
     @property
+    def is_encoder(self) -> bool:
+        return bool(self.masked_lm_class)
+
+    @property
+    def model_classes(self) -> dict[str, str]:
+        """Auto class -> the family's class of that kind, by their names in ``transformers``."""
+        if self.is_encoder:
+            return {
+                "AutoModelForMaskedLM": self.masked_lm_class,
+                "AutoModelForSequenceClassification": self.classification_class,
+            }
+        return {"AutoModelForCausalLM": self.causal_lm_class}
+
+    @property
     def linears(self) -> tuple[str, ...]:
         return self.linears_in + self.linears_out
+
+    @property
+    def qkv(self) -> tuple[str, ...]:
+        """Names of the projections of an attention module."""
+        return self.linears_in[:3]
 
 
 FAMILIES = (
@@ -50,9 +76,30 @@ FAMILIES = (
         causal_lm_class="Gemma3ForCausalLM",
         text_checkpoint="google/gemma-3-1b-pt",
     ),
+    Family(
+        model_type="bert",
+        config_class="BertConfig",
+        masked_lm_class="BertForMaskedLM",
+        classification_class="BertForSequenceClassification",
+        head_transform="cls.predictions.transform",
+        linears_in=("query", "key", "value", "intermediate.dense"),
+        # With its parent's name: the pooler and the masked-LM head have a "dense" too, which stay full precision.
+        linears_out=("attention.output.dense", "output.dense"),
+        norm_eps="layer_norm_eps",
+    ),
 )
 
 
 def find_family(model_type: str) -> Family | None:
     """The row of a full-precision ``model_type``, or None."""
     return next((family for family in FAMILIES if family.model_type == model_type), None)
+
+
+def family_of(model_type: str) -> Family | None:
+    """The row of a ``model_type``, full precision or a student's, or None."""
+    return next((f for f in FAMILIES if model_type in (f.model_type, f.student_type)), None)
+
+
+def ends_in(path: str, names: tuple[str, ...]) -> bool:
+    """Whether the last components of a module path are one of ``names``."""
+    return any(f".{path}".endswith(f".{name}") for name in names)

@@ -1,4 +1,4 @@
-"""BitLinear and SubLN: the two layers that make a decoder ternary.
+"""BitLinear and SubLN: the two layers that make a model ternary.
 
 BitLinear (b1.58):  y = Q_int8(SubLN(x)) @ Q_ternary(W).T + b, with the norm only where the student has one.
 The norm is a *child* of its linear: ``o_proj.weight`` stays where every tool expects it, and

@@ -1,9 +1,9 @@
 """Student classes: the family's own Hugging Face class with its linears replaced in ``__init__``.
 
 Attention, RoPE, caching and generation are inherited, never written again. Each row of ``families.py``
-gives two classes, ``Bit<Family>Config`` and ``Bit<Family>ForCausalLM``, which are names of this module so that a
-checkpoint's ``auto_map`` finds them: this file and its siblings are copied beside every student, and
-``trust_remote_code=True`` loads it without the package.
+gives ``Bit<Family>Config`` and ``Bit<Family>ForCausalLM`` (an encoder ``...ForMaskedLM`` and
+``...ForSequenceClassification``), which are names of this module so that a checkpoint's ``auto_map`` finds them: this
+file and its siblings are copied beside every student, and ``trust_remote_code=True`` loads it without the package.
 """
 
 from fnmatch import fnmatch
@@ -11,10 +11,10 @@ from typing import Any
 
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers import initialization as init
 
-from .families import FAMILIES, Family
+from .families import FAMILIES, Family, ends_in
 from .layers import BitLinear, SubLN, TernarySpec
 
 
@@ -24,7 +24,7 @@ def ternary_sites(model: nn.Module, family: Family, skip: tuple[str, ...]) -> li
         name
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and name.rpartition(".")[2] in family.linears
+        and ends_in(name, family.linears)
         and not any(fnmatch(name, pattern) for pattern in skip)
     ]
 
@@ -32,7 +32,7 @@ def ternary_sites(model: nn.Module, family: Family, skip: tuple[str, ...]) -> li
 def has_norm(name: str, family: Family, norm_sites: str) -> bool:
     """Whether the ternary linear at path ``name`` gets a SubLN under this layout."""
     if norm_sites == "subln":
-        return name.rpartition(".")[2] in family.linears_out
+        return ends_in(name, family.linears_out)
     return norm_sites == "all"
 
 
@@ -62,10 +62,9 @@ def install_bitlinears(model: nn.Module, family: Family, spec: TernarySpec, norm
         model.set_submodule(name, bit_linear)
 
 
-def _student_classes(family: Family) -> tuple[Any, Any]:
-    """Build the config and causal-LM classes of one family."""
+def _config_class(family: Family) -> Any:
+    """Build the student config class of one family."""
     base_config = getattr(transformers, family.config_class)
-    base_model = getattr(transformers, family.causal_lm_class)
 
     class StudentConfig(base_config):  # type: ignore[misc, valid-type]
         model_type = family.student_type
@@ -74,11 +73,19 @@ def _student_classes(family: Family) -> tuple[Any, Any]:
             super().__init__(**kwargs)
             self.ternary = TernarySpec(**(ternary or {})).to_dict()
 
-    class StudentForCausalLM(base_model):  # type: ignore[misc, valid-type]
-        config_class = StudentConfig
-        config: StudentConfig
+    stem, _, _ = next(iter(family.model_classes.values())).partition("For")
+    return _named(StudentConfig, f"Bit{stem}Config")
 
-        def __init__(self, config: StudentConfig) -> None:
+
+def _model_class(family: Family, student_config: Any, name: str) -> Any:
+    """Build the student of the family's class ``name``."""
+    base_model = getattr(transformers, name)
+
+    class Student(base_model):  # type: ignore[misc, valid-type]
+        config_class = student_config
+        config: student_config
+
+        def __init__(self, config: student_config) -> None:
             super().__init__(config)
             spec = TernarySpec(**config.ternary)
             install_bitlinears(self, family, spec, getattr(config, family.norm_eps))
@@ -89,30 +96,37 @@ def _student_classes(family: Family) -> tuple[Any, Any]:
             if isinstance(module, SubLN):
                 init.ones_(module.weight)
 
-    stem = family.causal_lm_class.removesuffix("ForCausalLM")
-    for cls, name in (
-        (StudentConfig, f"Bit{stem}Config"),
-        (StudentForCausalLM, f"Bit{stem}ForCausalLM"),
-    ):
-        cls.__name__ = cls.__qualname__ = name
-        cls.__module__ = __name__
-    return StudentConfig, StudentForCausalLM
+    return _named(Student, f"Bit{name}")
 
 
-STUDENT_CLASSES: dict[str, tuple[Any, Any]] = {}
-"""Full-precision ``model_type`` -> (student config class, student causal-LM class)."""
+def _named(cls: Any, name: str) -> Any:
+    cls.__name__ = cls.__qualname__ = name
+    cls.__module__ = __name__
+    globals()[name] = cls
+    return cls
 
-for _family in FAMILIES:
-    _config_class, _model_class = _student_classes(_family)
-    STUDENT_CLASSES[_family.model_type] = (_config_class, _model_class)
-    globals()[_config_class.__name__] = _config_class
-    globals()[_model_class.__name__] = _model_class
+
+def _student_classes(family: Family) -> tuple[Any, ...]:
+    config = _config_class(family)
+    return config, *(_model_class(family, config, name) for name in family.model_classes.values())
+
+
+STUDENT_CLASSES: dict[str, tuple[Any, ...]] = {f.model_type: _student_classes(f) for f in FAMILIES}
+"""Full-precision ``model_type`` -> (student config class, student classes in the order of ``Family.model_classes``)."""
+
+
+def student_class(family: Family, name: str) -> Any:
+    """The student of the family's class ``name``; None where it has no such class."""
+    classes = zip(family.model_classes.values(), STUDENT_CLASSES[family.model_type][1:], strict=True)
+    return dict(classes).get(name)
 
 
 def register_students() -> None:
-    """Make ``AutoConfig`` and ``AutoModelForCausalLM`` know the students, and let them save their code."""
-    for config_class, model_class in STUDENT_CLASSES.values():
+    """Make the auto classes know the students, and let them save their code."""
+    for family in FAMILIES:
+        config_class, *model_classes = STUDENT_CLASSES[family.model_type]
         AutoConfig.register(config_class.model_type, config_class, exist_ok=True)
-        AutoModelForCausalLM.register(config_class, model_class, exist_ok=True)
         config_class.register_for_auto_class()
-        model_class.register_for_auto_class("AutoModelForCausalLM")
+        for auto_class, model_class in zip(family.model_classes, model_classes, strict=True):
+            getattr(transformers, auto_class).register(config_class, model_class, exist_ok=True)
+            model_class.register_for_auto_class(auto_class)

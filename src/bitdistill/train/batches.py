@@ -62,25 +62,32 @@ class SeededOrder(Sampler[int]):
 
     Epoch follows epoch without a gap, so every step is full: the one in which an epoch ends goes on with the next.
     Each epoch is a permutation that (seed, epoch) decides. With lengths, a step holds sequences of similar length.
+    Where samples are numbered, those of epoch n count from ``n * size``: for data that change with the epoch.
     """
 
     def __init__(
-        self, size: int, seed: int, *, batch_size: int, steps: int, lengths: list[int] | None = None
+        self,
+        size: int,
+        seed: int,
+        *,
+        batch_size: int,
+        steps: int,
+        lengths: list[int] | None = None,
+        numbered: bool = False,
     ) -> None:
-        self.size, self.seed, self.batch_size, self.steps, self.lengths = (
-            size,
-            seed,
-            batch_size,
-            steps,
-            lengths,
-        )
+        self.size, self.seed, self.batch_size, self.steps = size, seed, batch_size, steps
+        self.lengths, self.numbered = lengths, numbered
 
     def __len__(self) -> int:
         return self.steps * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        epochs = (self.epoch(number) for number in itertools.count())
-        return itertools.islice(itertools.chain.from_iterable(epochs), len(self))
+        samples = (
+            index + number * self.size * self.numbered
+            for number in itertools.count()
+            for index in self.epoch(number)
+        )
+        return itertools.islice(samples, len(self))
 
     def epoch(self, number: int) -> list[int]:
         """The samples of one epoch, in their order."""

@@ -1,5 +1,6 @@
 """Load and save models and tokenizers, with one clear error for whatever is wrong with them."""
 
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
@@ -23,27 +26,63 @@ from .sharding import is_sharded, whole_state
 def load_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
     """A causal LM in fp32, from a local folder or the hub; students load as students.
 
+    An encoder comes as the classifier that it is, or else as a masked LM.
+
     Raises:
         CheckpointError: nothing there, or it is damaged or incomplete.
     """
+    config = load_config(source, revision)  # refuses what it rules out before any weight is fetched
+    if not is_encoder(config):
+        model, report = load_as(AutoModelForCausalLM, source, revision)
+    elif is_classifier(config):
+        model, report = load_as(AutoModelForSequenceClassification, source, revision)
+    else:
+        model, report = load_as(AutoModelForMaskedLM, source, revision)
+        if any(".pooler." in name for name in report["unexpected_keys"]):
+            keep_pooler(model, load_as(AutoModelForSequenceClassification, source, revision)[0])
+            report["unexpected_keys"] = [k for k in report["unexpected_keys"] if ".pooler." not in k]
+    check_tensors(source, model, report)
+    return model
+
+
+def load_as(
+    auto_class: Any, source: str | Path, revision: str | None, **config: Any
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model of one kind in fp32, and transformers' report of the tensors that it missed or did not expect.
+
+    Args:
+        config: settings that replace the checkpoint's.
+
+    Raises:
+        CheckpointError: it does not load.
+    """
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    load_config(source, revision)  # refuses what its config rules out before any weight is fetched
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
+        return auto_class.from_pretrained(  # type: ignore[no-any-return]
             str(source),
             revision=revision,
             dtype=torch.float32,
             output_loading_info=True,
-            ignore_mismatched_sizes=True,  # reported below, with the name of the tensor
+            ignore_mismatched_sizes=True,  # reported, with the name of the tensor
+            **config,
         )
     except Exception as error:  # a damaged config or weight file can fail in any way
         raise _refusal(source, "model", error) from error
-    _check_tensors(source, model, report)
-    return model
 
 
-def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+def keep_pooler(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Give a masked LM the pooler that ``other`` has: it does not use one, the classifier made of it later does.
+
+    Hugging Face's masked-LM class leaves it out, which would cost the methods with a stage 2, and only them, a
+    trained part of the checkpoint. It is frozen: no loss of a masked LM reaches it.
+    """
+    pooler = getattr(other.base_model, "pooler", None)
+    if pooler is not None and getattr(model.base_model, "pooler", pooler) is None:
+        model.base_model.pooler = deepcopy(pooler).requires_grad_(False)
+
+
+def check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
     """Every tensor of the model came from the checkpoint, in its shape, and is finite."""
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
@@ -53,6 +92,12 @@ def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str,
             "belong to different models. Fetch or make the checkpoint again"
         )
     missing = sorted(report["missing_keys"])
+    encoder = f"{model.base_model_prefix}."
+    if missing and is_encoder(model.config) and not any(name.startswith(encoder) for name in missing):
+        raise CheckpointError(
+            f"{source}: the checkpoint holds an encoder alone, without the head of {type(model).__name__} "
+            f"({missing[0]}); use one that was saved with its masked-LM head"
+        )
     if missing:
         others = sorted(report["unexpected_keys"])
         also = f" and holds {others[0]}, which has no place in the model" if others else ""
@@ -79,7 +124,7 @@ def load_config(source: str | Path, revision: str | None = None) -> PretrainedCo
     """The config of a model, for checks that need no weights.
 
     Raises:
-        CheckpointError: nothing there, it is damaged, or it is more than a causal decoder and its head.
+        CheckpointError: nothing there, it is damaged, or it is neither a causal decoder with its head nor an encoder.
     """
     students.register_students()
     _check_exists(source)
@@ -87,8 +132,36 @@ def load_config(source: str | Path, revision: str | None = None) -> PretrainedCo
         config = AutoConfig.from_pretrained(str(source), revision=revision)
     except Exception as error:  # a damaged config can fail in any way
         raise _refusal(source, "config", error) from error
-    _check_decoder(source, config)
+    if is_encoder(config):
+        _check_encoder(source, config)
+    else:
+        _check_decoder(source, config)
     return config
+
+
+def is_encoder(config: PretrainedConfig) -> bool:
+    """Whether a config is of an encoder of the table, full precision or a student."""
+    family = students.family_of(config.model_type)
+    return family is not None and family.is_encoder
+
+
+def is_classifier(config: PretrainedConfig) -> bool:
+    """Whether a checkpoint was saved as a sequence classifier."""
+    return any(name.endswith("ForSequenceClassification") for name in config.architectures or ())
+
+
+def _check_encoder(source: str | Path, config: PretrainedConfig) -> None:
+    """Refuse an encoder's config that asks for another model."""
+    if config.is_decoder:
+        raise CheckpointError(
+            f"{source}: is_decoder = true makes this {config.model_type} a causal decoder; use a bidirectional one"
+        )
+    position = getattr(config, "position_embedding_type", "absolute")
+    if position != "absolute":
+        raise CheckpointError(
+            f"{source}: position_embedding_type = {position!r}, which transformers no longer computes; use a "
+            "checkpoint with absolute positions"
+        )
 
 
 def _check_decoder(source: str | Path, config: PretrainedConfig) -> None:
@@ -143,18 +216,37 @@ def convertible_family(model_type: str) -> students.Family:
 
 
 def load_tokenizer(source: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a model, with a padding token (the end-of-text token where it has none)."""
+    """The tokenizer of a model, with a padding token (the end-of-text token where it has none).
+
+    Raises:
+        CheckpointError: it does not load, or lacks a token that the model needs.
+    """
     _check_exists(source)
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(source), revision=revision)
     except Exception as error:  # a damaged tokenizer file can fail in any way
         raise _refusal(source, "tokenizer", error) from error
+    tokenizer.padding_side = "right"
+    if is_encoder(load_config(source, revision)):
+        _check_frame(source, tokenizer)
+        return tokenizer
     if tokenizer.eos_token_id is None:
         raise CheckpointError(f"{source}: the tokenizer has no end-of-text token (eos_token)")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.padding_side = "right"
     return tokenizer
+
+
+def _check_frame(source: str | Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """An encoder's tokenizer has its special tokens and puts ``[CLS] ... [SEP]`` around a text."""
+    names = ("cls_token", "sep_token", "mask_token", "pad_token")
+    missing = [name for name in names if getattr(tokenizer, name) is None]
+    ids = tokenizer("a")["input_ids"]
+    if missing or [ids[0], ids[-1]] != [tokenizer.cls_token_id, tokenizer.sep_token_id]:
+        what = f"has no {', '.join(missing)}" if missing else "does not put [CLS] and [SEP] around a text"
+        raise CheckpointError(
+            f"{source}: the tokenizer {what}, which an encoder needs; fetch the model's own"
+        )
 
 
 def save_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

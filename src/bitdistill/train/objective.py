@@ -3,6 +3,8 @@
     LanguageModelling   CE                                             stage 2, every plain fine-tune
     Distillation        CE + lambda * logits KD + gamma * relation KD    stage 3 (eq. 13)
 
+An encoder's are in ``encoder_objective.py``.
+
 The losses need hidden states and the output head, so they are computed inside this forward: the hooks
 of DDP and FSDP around it then see every parameter that is used.
 """
@@ -27,8 +29,8 @@ from .taps import States, attention_layers, matched_layers, run_tapped
 from .teacher import CachedTeacher, LiveTeacher, LogitsKd
 
 
-class LanguageModelling(nn.Module):
-    """Next-token cross-entropy over the labelled tokens: stage 2 and every plain fine-tune."""
+class Objective(nn.Module):
+    """A student and the loss of its training step."""
 
     count_names: tuple[str, ...] = ("labels",)
     """What a batch is counted in; losses are sums divided by these totals over an optimizer step."""
@@ -53,7 +55,7 @@ class LanguageModelling(nn.Module):
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Totals of one micro-batch, int64 ``[len(count_names)]``."""
-        return (shifted_labels(batch["labels"]) != IGNORE_INDEX).sum().reshape(1)
+        raise NotImplementedError
 
     def forward(self, totals: Tensor, **batch: Tensor) -> dict[str, Tensor]:
         """Loss of one micro-batch.
@@ -68,6 +70,18 @@ class LanguageModelling(nn.Module):
         """
         loss, parts = self.losses(batch, totals)
         return {"loss": loss} | {name: part.detach() for name, part in parts.items()}
+
+    def losses(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss and its parts."""
+        raise NotImplementedError
+
+
+class LanguageModelling(Objective):
+    """Next-token cross-entropy over the labelled tokens: stage 2 and every plain fine-tune."""
+
+    def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
+        """Labelled tokens, int64 ``[1]``."""
+        return (shifted_labels(batch["labels"]) != IGNORE_INDEX).sum().reshape(1)
 
     def losses(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss and its parts."""
@@ -91,25 +105,31 @@ class Distillation(LanguageModelling):
     checkpoints.
     """
 
-    count_names = ("labels", "kd_tokens", "relation_rows")
+    count_names: tuple[str, ...] = ("labels", "kd_tokens", "relation_rows")
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel | CachedTeacher, config: DistillConfig
     ) -> None:
         super().__init__(student)
         self.distill = config  # not "config": Trainer takes that for the model's
-        self.teacher = (
+        self.taught_by = (
             teacher
             if isinstance(teacher, CachedTeacher)
             else LiveTeacher(teacher, config.temperature, config.relation_states)
         )
-        self.vocab_size = min(student.config.vocab_size, self.teacher.vocab_size)
-        self.layer_pairs = layer_pairs(config, len(attention_layers(student)), self.teacher.num_layers)
+        self.vocab_size = min(student.config.vocab_size, self.taught_by.vocab_size)
+        self.layer_pairs = layer_pairs(config, len(attention_layers(student)), self.taught_by.num_layers)
+
+    @property
+    def teacher(self) -> PreTrainedModel:
+        """The full-precision teacher that runs beside the student; there is none where it is cached."""
+        assert isinstance(self.taught_by, LiveTeacher)
+        return self.taught_by.model
 
     def shard_teacher(self) -> None:
         """Give each process a part of the teacher's decoder, where there is one."""
-        if isinstance(self.teacher, LiveTeacher):
-            self.teacher.shard()
+        if isinstance(self.taught_by, LiveTeacher):
+            self.taught_by.shard()
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Labelled tokens, tokens of the logits KD, rows of the relation KD; int64 ``[3]``."""
@@ -127,7 +147,7 @@ class Distillation(LanguageModelling):
         layers_s, layers_t = (tuple(pair[side] for pair in self.layer_pairs) for side in (0, 1))
         hidden_s, states_s = run_tapped(self.student, batch, layers_s, config.relation_states)
         kd_mask_BT = self._kd_mask(batch) if config.lambda_logits else None
-        taught = self.teacher.targets(batch, kd_mask_BT, layers_t)
+        taught = self.taught_by.targets(batch, kd_mask_BT, layers_t)
         if kd_mask_BT is not None and taught.logits_kd is not None:
             loss, ce, kd = self._head_losses(
                 hidden_s, shifted_labels(labels), kd_mask_BT, taught.logits_kd, totals

@@ -3,16 +3,19 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ..checkpoint import checkpoint_digest
 from ..config import DistillConfig, Recipe, SftConfig
 from ..data.prompts import PaddedBatch, PromptEncoder, TaskSequences
+from ..data.segments import SegmentSequences
 from ..data.tasks import Task, load_task
 from ..data.teacher_rows import TaughtBatch, TaughtSequences
 from ..recipe import to_dict
-from .loading import load_model, load_tokenizer, save_model
-from .objective import LanguageModelling
+from .encoder import check_recipe, load_classifier
+from .encoder_objective import Classification
+from .loading import is_encoder, load_config, load_model, load_tokenizer, save_model
+from .objective import LanguageModelling, Objective
 from .step import run_step
 from .trainer import fit, processes_to_keep, steps_for_epochs, training_settings
 from .weights import ternary_codes, write_weight_stats
@@ -32,8 +35,15 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     }
 
     def work(folder: Path) -> dict[str, Any]:
-        tokenizer = load_tokenizer(source, recipe.revision_of(source))
-        objective = LanguageModelling(load_model(source, recipe.revision_of(source)))
+        revision = recipe.revision_of(source)
+        config = load_config(source, revision)
+        check_recipe(recipe, config, distill=False)
+        tokenizer = load_tokenizer(source, revision)
+        objective: Objective
+        if is_encoder(config):
+            objective = Classification(load_classifier(source, revision, task, recipe.seed))
+        else:
+            objective = LanguageModelling(load_model(source, revision))
         return train_on_task(
             recipe, recipe.sft, task, objective, tokenizer, folder, step_title(output_dir), processes
         )
@@ -45,7 +55,7 @@ def train_on_task(
     recipe: Recipe,
     config: SftConfig | DistillConfig,
     task: Task,
-    objective: LanguageModelling,
+    objective: Objective,
     tokenizer: PreTrainedTokenizerBase,
     folder: Path,
     title: str,
@@ -58,11 +68,19 @@ def train_on_task(
     ``taught`` are the same examples with what a cached teacher said of them.
     """
     codes = ternary_codes(objective.student)
-    dataset = task_sequences(recipe, task, tokenizer) if taught is None else taught
+    dataset: TaskSequences | SegmentSequences | TaughtSequences
+    collate: PaddedBatch | DataCollatorWithPadding | TaughtBatch
+    if is_encoder(objective.student.config):
+        dataset = SegmentSequences(task.train, tokenizer, recipe.task.max_length)
+        collate = DataCollatorWithPadding(tokenizer)
+    elif taught is not None:
+        dataset, collate = taught, TaughtBatch(tokenizer.pad_token_id)
+    else:
+        dataset, collate = task_sequences(recipe, task, tokenizer), PaddedBatch(tokenizer.pad_token_id)
     metrics = fit(
         objective,
         dataset,
-        (PaddedBatch if taught is None else TaughtBatch)(tokenizer.pad_token_id),
+        collate,
         config,
         steps=steps_for_epochs(config, config.epochs, len(dataset), processes),
         seed=recipe.seed,
@@ -85,9 +103,9 @@ def task_sequences(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBas
 
 
 def task_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a fine-tune depends on: not how answers are scored; the document column shows in the task's digest."""
+    """What a fine-tune depends on: not how answers are scored; the columns that are read show in the task's digest."""
     settings = to_dict(recipe.task)
-    return {key: settings[key] for key in settings if key not in ("scoring", "document_column")}
+    return {key: settings[key] for key in settings if key not in ("scoring", "document_column", "columns")}
 
 
 def step_title(output_dir: Path) -> str:

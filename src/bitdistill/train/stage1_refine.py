@@ -13,10 +13,12 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint import checkpoint_digest
 from ..config import Recipe
 from ..data.corpus import PackedSequences, build_shards, collate_packed, source_digest
+from ..data.masked import FramedSequences
 from ..model import TernarySpec
 from ..processes import is_main_process, process_state
 from ..recipe import to_dict
-from .loading import check_family, load_model, load_tokenizer, save_model
+from .encoder import check_positions
+from .loading import check_family, is_encoder, load_model, load_tokenizer, save_model
 from .step import run_step
 from .surgery import refine
 from .weights import write_weight_stats
@@ -47,7 +49,12 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
             activation_bits=config.activation_bits,
             skip=config.skip,
         )
-        calibration = _calibration_batches(recipe, tokenizer, corpus_digest) if corpus_digest else None
+        if corpus_digest:
+            check_positions(model.config, "corpus.sequence_length", recipe.corpus.sequence_length)
+        framed = is_encoder(model.config)
+        calibration = (
+            _calibration_batches(recipe, tokenizer, corpus_digest, framed) if corpus_digest else None
+        )
         student, report = refine(model, spec, calibration)
         if is_main_process():
             (folder / "surgery.txt").write_text(f"{report}\n", encoding="utf-8")
@@ -65,13 +72,14 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
 
 
 def _calibration_batches(
-    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, corpus_digest: str
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, corpus_digest: str, framed: bool
 ) -> Iterator[dict[str, Tensor]]:
-    """The first ``calibration_sequences`` sequences of the stage-2 text."""
+    """The first ``calibration_sequences`` sequences of the stage-2 text, with ``[CLS]`` and ``[SEP]`` if ``framed``."""
     shards = build_shards(
         recipe.corpus, "pretrain", tokenizer, recipe.run_dir / "shards", digest=corpus_digest
     )
-    dataset = PackedSequences(shards, recipe.corpus.sequence_length)
+    length = recipe.corpus.sequence_length
+    dataset = FramedSequences(shards, length, tokenizer) if framed else PackedSequences(shards, length)
     count = min(recipe.refine.calibration_sequences, len(dataset))
     for start in range(0, count, CALIBRATION_BATCH):
         items = [dataset[i] for i in range(start, min(start + CALIBRATION_BATCH, count))]

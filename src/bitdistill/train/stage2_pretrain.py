@@ -1,16 +1,21 @@
-"""Stage 2, continued pre-training (BitDistill, eq. 7): plain language modelling on general text.
+"""Stage 2, continued pre-training (BitDistill, eq. 7): plain language modelling on general text, masked for an encoder.
 
 The same step trains a refined student, a full-precision control (FP16-CT), and a base made from scratch.
 """
 
 from pathlib import Path
 
+from torch.utils.data import Dataset
+
 from ..checkpoint import checkpoint_digest
 from ..config import BaseConfig, PretrainConfig, Recipe
 from ..data.corpus import PackedSequences, Part, build_shards, collate_packed, source_digest
+from ..data.masked import MaskedSequences
 from ..recipe import to_dict
-from .loading import load_model, load_tokenizer, save_model
-from .objective import LanguageModelling
+from .encoder import check_stage_2
+from .encoder_objective import MaskedLanguageModelling
+from .loading import is_encoder, load_config, load_model, load_tokenizer, save_model
+from .objective import LanguageModelling, Objective
 from .step import run_step
 from .trainer import fit, processes_to_keep, steps_for_tokens, training_settings
 from .weights import ternary_codes, write_weight_stats
@@ -42,14 +47,21 @@ def train_on_corpus(
     }
 
     def work(folder: Path) -> dict:
+        length = recipe.corpus.sequence_length
+        check_stage_2(recipe, source, load_config(source, recipe.revision_of(source)))
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         model = load_model(source, recipe.revision_of(source))
         codes = ternary_codes(model)
+        encoder = is_encoder(model.config)
+        objective: Objective = MaskedLanguageModelling(model) if encoder else LanguageModelling(model)
         shards = build_shards(recipe.corpus, part, tokenizer, recipe.run_dir / "shards", digest=corpus_digest)
-        dataset = PackedSequences(shards, recipe.corpus.sequence_length)
-        steps = steps_for_tokens(config, config.tokens, recipe.corpus.sequence_length, processes)
+        if encoder:
+            dataset: Dataset = MaskedSequences(shards, length, tokenizer, recipe.seed)
+        else:
+            dataset = PackedSequences(shards, length)
+        steps = steps_for_tokens(config, config.tokens, length, processes)
         metrics = fit(
-            LanguageModelling(model),
+            objective,
             dataset,
             collate_packed,
             config,
@@ -62,6 +74,6 @@ def train_on_corpus(
         )
         save_model(model, tokenizer, folder)
         write_weight_stats(model, folder, codes)
-        return metrics | {"corpus_tokens": len(dataset) * recipe.corpus.sequence_length}
+        return metrics | {"corpus_tokens": len(dataset) * length}
 
     return run_step(output_dir, settings, work)

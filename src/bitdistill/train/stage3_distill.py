@@ -9,7 +9,9 @@ from ..checkpoint import checkpoint_digest
 from ..config import DistillConfig, Recipe
 from ..data.tasks import load_task
 from ..errors import ConfigError, TrainingError
-from .loading import load_model, load_tokenizer
+from .encoder import check_recipe, load_classifier, load_finished_classifier
+from .encoder_objective import ClassDistillation
+from .loading import is_encoder, load_config, load_model, load_tokenizer
 from .objective import Distillation
 from .sft import step_title, task_sequences, task_settings, train_on_task
 from .step import run_step
@@ -42,16 +44,24 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     }
 
     def work(folder: Path) -> dict[str, Any]:
+        model_config = load_config(source, recipe.revision_of(source))
+        check_recipe(recipe, model_config, distill=True)
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         _check_same_tokenizer(tokenizer, load_tokenizer(config.teacher, config.teacher_revision))
-        teacher: PreTrainedModel | CachedTeacher
+        revision = recipe.revision_of(source)
         taught = None
-        if config.teacher_cache == "none":
-            teacher = load_model(config.teacher, config.teacher_revision)
+        teacher: PreTrainedModel | CachedTeacher
+        if is_encoder(model_config):
+            teacher = load_finished_classifier(config.teacher, config.teacher_revision, task)
+            student = load_classifier(source, revision, task, recipe.seed)
+            objective: Distillation = ClassDistillation(student, teacher, config)
         else:
-            sequences = task_sequences(recipe, task, tokenizer)
-            teacher, taught = cached_teacher(recipe, source, tokenizer, sequences)
-        objective = Distillation(load_model(source, recipe.revision_of(source)), teacher, config)
+            if config.teacher_cache == "none":
+                teacher = load_model(config.teacher, config.teacher_revision)
+            else:
+                sequences = task_sequences(recipe, task, tokenizer)
+                teacher, taught = cached_teacher(recipe, source, tokenizer, sequences)
+            objective = Distillation(load_model(source, revision), teacher, config)
         title = step_title(output_dir)
         return train_on_task(
             recipe, config, task, objective, tokenizer, folder, title, processes, taught=taught

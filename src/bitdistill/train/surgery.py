@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
-from ..model import STUDENT_CLASSES, BitLinear, Family, TernarySpec
-from .loading import convertible_family
+from ..model import STUDENT_CLASSES, BitLinear, Family, TernarySpec, ends_in, student_class
+from .loading import convertible_family, keep_pooler
 from .size import ModelSize, model_size
 
 
@@ -57,7 +57,7 @@ def refine(
     spec: TernarySpec,
     calibration: Iterable[dict[str, Tensor]] | None = None,
 ) -> tuple[PreTrainedModel, SurgeryReport]:
-    """Convert a causal LM into a student of the same family.
+    """Convert a model into a student of the same family and kind: a causal LM, or an encoder with its head.
 
     Args:
         model: a full-precision model of a family in the table; not changed.
@@ -84,8 +84,7 @@ def _check_sites(model: PreTrainedModel, family: Family, spec: TernarySpec) -> N
             raise SurgeryError(
                 f"refine.skip: no linear matches {pattern!r}; paths look like {paths[0]}. Nothing was converted."
             )
-    names = {path.rpartition(".")[2] for path in paths}
-    missing = [name for name in family.linears_out if name not in names]
+    missing = [name for name in family.linears_out if not any(ends_in(path, (name,)) for path in paths)]
     if missing:
         raise SurgeryError(
             f"{type(model).__name__} has no linear named {' or '.join(missing)}, where SubLN belongs; "
@@ -95,7 +94,11 @@ def _check_sites(model: PreTrainedModel, family: Family, spec: TernarySpec) -> N
 
 
 def _make_student(model: PreTrainedModel, family: Family, spec: TernarySpec) -> PreTrainedModel:
-    config_class, model_class = STUDENT_CLASSES[family.model_type]
+    config_class = STUDENT_CLASSES[family.model_type][0]
+    model_class = student_class(family, type(model).__name__)
+    if model_class is None:
+        known = " or ".join(family.model_classes.values())
+        raise SurgeryError(f"{type(model).__name__} has no student class; load the checkpoint as {known}")
     values: dict[str, Any] = model.config.to_dict()
     for key in ("model_type", "architectures", "auto_map", "transformers_version"):
         values.pop(key, None)
@@ -103,6 +106,7 @@ def _make_student(model: PreTrainedModel, family: Family, spec: TernarySpec) -> 
         student = model_class(config_class(ternary=spec.to_dict(), **values))
     except ValueError as error:
         raise SurgeryError(str(error)) from error
+    keep_pooler(student, model)
     result = student.load_state_dict(model.state_dict(), strict=False)
     lost = [*result.unexpected_keys, *(k for k in result.missing_keys if not k.endswith(".norm.weight"))]
     if lost:
@@ -111,7 +115,8 @@ def _make_student(model: PreTrainedModel, family: Family, spec: TernarySpec) -> 
             f"some it needs: {', '.join(lost[:4])}. Nothing was converted."
         )
     student.tie_weights()
-    student.generation_config = model.generation_config
+    if model.can_generate():
+        student.generation_config = model.generation_config
     return student.eval()
 
 

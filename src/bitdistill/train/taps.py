@@ -14,6 +14,8 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from ..model import family_of
+
 TAPPED_SDPA = "bitdistill_tapped_sdpa"
 
 States = tuple[Tensor, Tensor, Tensor]
@@ -21,9 +23,16 @@ States = tuple[Tensor, Tensor, Tensor]
 
 
 def attention_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The self-attention modules of a decoder, in layer order."""
-    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
+    """The self-attention modules of a model, in layer order."""
+    query = _projections(model)[0]
+    layers = [m for m in model.modules() if hasattr(m, "layer_idx") and hasattr(m, query)]
     return sorted(layers, key=lambda m: m.layer_idx)  # type: ignore[arg-type, return-value]
+
+
+def _projections(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the query, key and value projections."""
+    family = family_of(model.config.model_type)
+    return family.qkv if family else ("q_proj", "k_proj", "v_proj")
 
 
 def _tapped_sdpa(

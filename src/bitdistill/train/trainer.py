@@ -22,12 +22,13 @@ from transformers.utils import logging as hf_logging
 
 from ..checkpoint import processes_begun_with
 from ..config import Recipe, TrainingConfig
+from ..data.masked import MaskedSequences
 from ..errors import CheckpointError, TrainingError
 from ..processes import from_main_process, num_processes
 from ..recipe import to_dict
 from .batches import GlobalBatch, SeededOrder, global_batch
 from .callbacks import CodeStatistics, MetricsFile, ProgressBar, StepSchedules
-from .objective import LanguageModelling, autocast_dtype
+from .objective import Objective, autocast_dtype
 from .schedule import learning_rate_factor
 from .sharding import GATHER_FP32, holds_shards, load_optimizer, load_weights, whole
 
@@ -40,7 +41,7 @@ class StudentTrainer(Trainer):
     def __init__(
         self,
         *,
-        objective: LanguageModelling,
+        objective: Objective,
         config: TrainingConfig,
         args: TrainingArguments,
         train_dataset: Dataset,
@@ -81,6 +82,7 @@ class StudentTrainer(Trainer):
             batch_size=self.batch.size,
             steps=self.args.max_steps,
             lengths=self.lengths,
+            numbered=isinstance(self.train_dataset, MaskedSequences),
         )
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
@@ -196,7 +198,7 @@ class StudentTrainer(Trainer):
 
 
 def fit(
-    objective: LanguageModelling,
+    objective: Objective,
     dataset: Dataset,
     collate: Any,
     config: TrainingConfig,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import write_json
-from ..model import FAMILIES, BitLinear
+from ..model import FAMILIES, BitLinear, ends_in
 from ..model.quant import expand_scale, ternarize
 from ..processes import is_main_process
 from .sharding import is_sharded, own_part, whole
@@ -23,8 +23,8 @@ def _sites(model: nn.Module) -> dict[str, nn.Linear]:
     """Ternary linears, or in a full-precision model those that would be."""
     linears = {path: m for path, m in model.named_modules() if isinstance(m, nn.Linear)}
     ternary = {path: m for path, m in linears.items() if isinstance(m, BitLinear)}
-    names = {name for family in FAMILIES for name in family.linears}
-    return ternary or {path: m for path, m in linears.items() if path.rpartition(".")[2] in names}
+    names = tuple({name for family in FAMILIES for name in family.linears})
+    return ternary or {path: m for path, m in linears.items() if ends_in(path, names)}
 
 
 def _quantized(module: nn.Linear) -> tuple[Tensor, Tensor]:
