@@ -116,6 +116,8 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_one(document, message
         ("distill.relation_layers", ()),
         ("distill.teacher_layers", (1, 2)),
         ("distill.relation_form", "dot"),
+        ("distill.teacher_cache", "logits"),
+        ("distill.cache_top_k", 0),
         ("run.methods", ()),
         ("run.learning_rates", (1e-3, 0.0)),
     ],
@@ -183,6 +185,37 @@ def test_settings_that_contradict_each_other_are_refused(document, message):
             True,
             "lambda_logits",
         ),
+        ({"distill": {"cache_top_k": 8}}, "distill.cache_top_k", 8, 'teacher_cache = "topk"'),
+        (
+            {"distill": {"teacher_cache": "hidden", "cache_top_k": 8}},
+            "distill.cache_top_k",
+            8,
+            'teacher_cache = "topk"',
+        ),
+        (
+            {"distill": {"teacher_cache_dir": "x"}},
+            "distill.teacher_cache_dir",
+            "x",
+            'teacher_cache = "hidden"',
+        ),
+        (
+            {"distill": {"teacher_cache": "topk", "lambda_logits": 0}},
+            "distill.teacher_cache",
+            "topk",
+            'teacher_cache = "hidden"',
+        ),
+        (
+            {"distill": {"teacher_cache": "hidden", "lambda_logits": 0, "gamma_relation": 0}},
+            "distill.teacher_cache",
+            "hidden",
+            "leave it out",
+        ),
+        (
+            {"distill": {"preset": "authors", "teacher_cache": "hidden"}},
+            "distill.teacher_cache",
+            "hidden",
+            'relation_mask = "padding"',
+        ),
         ({"task": {"name": "grammar", "data_dir": "x"}}, "task.data_dir", "x", 'name = "jsonl"'),
         ({"task": {"name": "sst2", "label_column": "y"}}, "task.label_column", "y", 'name = "jsonl"'),
         ({"task": {"name": "sst2", "eval_file": "a.jsonl"}}, "task.eval_file", "a.jsonl", 'name = "jsonl"'),
@@ -244,6 +277,8 @@ def test_a_setting_that_would_be_ignored_is_refused(document, key, value, remedy
         {"distill": {"lambda_logits": 0, "temperature": 5}},
         {"distill": {"preset": "authors", "lambda_logits": 0}},
         {"distill": {"preset": "authors", "gamma_relation": 0}},
+        {"distill": {"preset": "authors", "gamma_relation": 0, "teacher_cache": "topk", "cache_top_k": 8}},
+        {"distill": {"lambda_logits": 0, "teacher_cache": "hidden", "teacher_cache_dir": "x"}},
         {"task": {"name": "sst2", "data_dir": "x", "template": "{sentence} =", "labels": ["a", "b"]}},
         {"task": {"name": "jsonl", "label_column": "y", "train_file": "a", "eval_file": "b"}},
         {"task": {"name": "jsonl", "kind": "generation", "max_new_tokens": 3}},
@@ -273,6 +308,23 @@ def test_an_ablation_may_switch_off_a_loss_of_any_preset(preset, switch, weight)
     )
     assert getattr(ablated.distill, weight) == 0
     assert kept == other
+
+
+def test_an_ablation_keeps_what_the_other_loss_needs_of_the_cache():
+    from bitdistill.pipeline import Method
+
+    cache = {"teacher_cache": "topk", "cache_top_k": 8, "teacher_cache_dir": "x"}
+    recipe = build(distill={"teacher": "t", **cache})
+    found = {}
+    for switch in ("no_relation_kd", "no_logits_kd", "no_logits_kd+no_relation_kd"):
+        _, ablated = Method(f"bitdistill:{switch}").fine_tune(recipe, None, None)
+        found[switch] = tuple(getattr(ablated.distill, key) for key in cache)
+    default = build().distill.cache_top_k
+    assert found == {
+        "no_relation_kd": ("topk", 8, "x"),
+        "no_logits_kd": ("hidden", default, "x"),
+        "no_logits_kd+no_relation_kd": ("none", default, ""),
+    }
 
 
 @pytest.mark.parametrize("section", ["model", "distill"])

@@ -178,6 +178,7 @@ def test_two_processes_train_what_one_trains(python, run, encoder_project, bert,
         (["task.columns=[]", "task.template={text} was"], ["task.template = '{text} was'", "task.columns"]),
         (["task.max_length=65"], ["task.max_length = 65", "64 positions"]),
         (["distill.kd_tokens=all"], ["distill.kd_tokens = 'all'", "of classes, not of tokens"]),
+        (["distill.teacher_cache=hidden"], ["distill.teacher_cache = 'hidden'", "is not cached"]),
         (["distill.preset=authors"], ["distill.kd_tokens = 'all'", 'set it to "response" behind a preset']),
         (
             ["distill.relation_states=pre_rope"],

@@ -146,6 +146,8 @@ class Step:
     """Where the finished step lives."""
     settings: dict[str, Any]
     """Everything that decides the result: stage name, config sections, seed, digests of the inputs."""
+    progress: str = "trainer/checkpoint-*"
+    """Files of an unfinished step that it can go on from."""
 
     @property
     def partial(self) -> Path:
@@ -158,7 +160,7 @@ class Step:
 
     @property
     def has_checkpoint(self) -> bool:
-        return any(self.partial.glob("trainer/checkpoint-*"))
+        return any(self.partial.glob(self.progress))
 
     def begin(self) -> None:
         """Make or reopen the working folder. One that stopped before its first checkpoint is made anew.
@@ -185,7 +187,7 @@ class Step:
 
     def _check_same(self, folder: Path) -> None:
         before = read_run(folder)["settings"]
-        changed = sorted(_differences(before, self.settings))
+        changed = sorted(differences(before, self.settings))
         if changed:
             advice = "".join(
                 f"{text} " for key, text in _TO_CONTINUE.items() if any(key in c for c in changed)
@@ -212,11 +214,11 @@ class Step:
         return self.output
 
 
-def _differences(before: Any, after: Any, prefix: str = "") -> list[str]:
+def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
     """Dotted keys whose values differ, with both values."""
     if isinstance(before, dict) and isinstance(after, dict):
         found = []
         for key in before.keys() | after.keys():
-            found += _differences(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)
+            found += differences(before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key)
         return found
     return [] if before == after else [f"{prefix}: {before!r} there, {after!r} now"]

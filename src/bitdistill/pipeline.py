@@ -46,6 +46,7 @@ from .train.encoder import (
 )
 from .train.loading import check_family, is_encoder, load_config, load_model, load_tokenizer
 from .train.size import model_size
+from .train.teacher_cache import finished_caches
 
 logger = logging.getLogger(__name__)
 
@@ -322,6 +323,7 @@ def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> d
     steps = {step for row in rows.values() for step in (*row["steps"], *row.get("tried", ()))}
     if recipe.base is not None:
         steps |= {"base-blank", "base"}
+    steps |= {folder.name for folder in finished_caches(recipe.run_dir)}
     return {
         "name": recipe.name,
         "task": task.name,

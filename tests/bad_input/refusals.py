@@ -59,3 +59,8 @@ def change_config(folder: Path, **values: object) -> None:
 
 def no_space(*_, **__):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def distill(cli, project, student, teacher, output, *settings):
+    overrides = [argument for setting in settings for argument in ("--set", setting)]
+    return cli("distill", project, "--source", student, "--teacher", teacher, "--output", output, *overrides)

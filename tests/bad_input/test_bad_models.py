@@ -6,7 +6,7 @@ import shutil
 import pytest
 import torch
 import transformers
-from refusals import WEIGHT, change_config, change_tensors, contents, refused
+from refusals import WEIGHT, change_config, change_tensors, contents, distill, refused
 
 # --- models that cannot be converted ---
 
@@ -177,11 +177,6 @@ def test_a_student_whose_config_names_another_norm_layout_is_refused(cli, studen
 
 
 # --- distillation ---
-
-
-def distill(cli, project, student, teacher, output, *settings):
-    overrides = [argument for setting in settings for argument in ("--set", setting)]
-    return cli("distill", project, "--source", student, "--teacher", teacher, "--output", output, *overrides)
 
 
 def test_a_teacher_with_another_tokenizer_is_refused(cli, project, student, teacher, tmp_path):

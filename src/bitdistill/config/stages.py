@@ -121,6 +121,13 @@ class DistillConfig(TrainingConfig):
     """Student layers whose relations are distilled; negative counts from the last."""
     teacher_layers: tuple[int, ...] = ()
     """Teacher layers they are held against; empty takes those at the same relative depth."""
+    teacher_cache: Literal["none", "hidden", "topk"] = "none"
+    """Run the teacher once over the training data and keep what the losses need on disk: final ``hidden`` states, or
+    the ``topk`` likeliest tokens and the mass of the rest; the states of the relation KD with either."""
+    cache_top_k: int = 64
+    """Entries of the vocabulary that ``topk`` keeps of a token; they should hold most mass at ``temperature``."""
+    teacher_cache_dir: str = ""
+    """Folder of the cache, made if it is not there; empty puts one into the run's folder, shared by its methods."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -156,8 +163,31 @@ class DistillConfig(TrainingConfig):
         for weight, keys in KD_KEYS.items():
             if getattr(self, weight) == 0:
                 check_unused(self, "distill", keys, f"{weight} = 0 switches that loss off; set {weight}")
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        form = self.teacher_cache
+        check(self.cache_top_k >= 1, "distill.cache_top_k", self.cache_top_k, "use a whole number >= 1")
+        if form != "topk":
+            check_unused(self, "distill", ("cache_top_k",), 'set teacher_cache = "topk"')
+        if form == "none":
+            check_unused(self, "distill", ("teacher_cache_dir",), 'set teacher_cache = "hidden" or "topk"')
+            return
+        relations = bool(self.gamma_relation)
+        what = "distill.teacher_cache"
+        check(relations or bool(self.lambda_logits), what, form, "no loss here needs a teacher; leave it out")
+        remedy = 'lambda_logits = 0 leaves no logits to keep; set teacher_cache = "hidden"'
+        check(form != "topk" or bool(self.lambda_logits), what, form, remedy)
+        remedy = 'relation_mask = "none" relates padding, which a cache does not hold; set relation_mask = "padding"'
+        check(not relations or self.relation_mask != "none", what, form, remedy)
 
     def without(self, weight: str) -> "DistillConfig":
         """The section with one loss of KD_KEYS switched off, and what would then be ignored at its default."""
-        changes: dict[str, Any] = {key: getattr(type(self), key) for key in KD_KEYS[weight]}
-        return replace(self, **changes | {weight: 0.0})
+        unused = KD_KEYS[weight]
+        changes: dict[str, Any] = {weight: 0.0}
+        if not any(getattr(self, other) for other in KD_KEYS if other != weight):
+            unused += ("teacher_cache", "cache_top_k", "teacher_cache_dir")
+        elif weight == "lambda_logits" and self.teacher_cache == "topk":
+            unused += ("cache_top_k",)
+            changes["teacher_cache"] = "hidden"
+        return replace(self, **{key: getattr(type(self), key) for key in unused} | changes)

@@ -184,7 +184,7 @@ def build_shards(
     Raises:
         DataError: the part holds no document.
     """
-    key = digest_of([digest or source_digest(config), part, _tokenizer_digest(tokenizer)])
+    key = digest_of([digest or source_digest(config), part, tokenizer_digest(tokenizer)])
     folder = cache_dir / f"{part}-{key}"
 
     def build() -> None:
@@ -251,7 +251,8 @@ def _batches(items: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Digest of a tokenizer's entries and their ids."""
     return digest_of(sorted(tokenizer.get_vocab().items()))
 
 

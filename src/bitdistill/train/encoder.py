@@ -123,6 +123,8 @@ def check_recipe(recipe: Recipe, config: PretrainedConfig, *, distill: bool) -> 
         values = recipe.distill
         remedy = f"{family} is an encoder: its logits are of classes, not of tokens; leave it out"
         check_unused(values, "distill", ("kd_tokens",), f'{remedy}, or set it to "response" behind a preset')
+        remedy = f"{family} is an encoder, whose teacher is not cached; leave it out"
+        check_unused(values, "distill", ("teacher_cache",), remedy)
         remedy = f"{family} has no rotary embedding; leave it out"
         check_unused(values, "distill", ("relation_states",), remedy)
         remedy = f'{family} is an encoder, whose tokens see all others; use "padding"'

@@ -11,7 +11,7 @@ Letters: B batch, T tokens, V vocabulary, H heads, E width of a head, N selected
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from .head_loss import head_loss
 
 BLOCK_RELATIONS = 1 << 22
 """Relations (heads x rows x columns) that exist at the same time."""
+
+NO_MASS = -1e30
+"""Log of no mass at all: finite, because the difference of two empty rests must not be NaN."""
 
 
 def shifted_labels(labels_BT: Tensor) -> Tensor:
@@ -56,13 +59,112 @@ def logits_kd(
     """Sum over tokens of ``KL(softmax(teacher / tau) || softmax(student / tau))`` (eq. 8-9), no tau^2.
 
     Args:
-        student_NV, teacher_NV: logits ``[N, V]``; computed in fp32 (fp64 stays fp64).
+        student_NV, teacher_NV: logits ``[N, V]``; computed in fp32 (fp64 stays fp64). The teacher's are
+            constants: they get no gradient.
         mask_N: tokens that count, bool ``[N]``; all if None.
     """
-    student = F.log_softmax(_wide(student_NV) / temperature, dim=-1)
-    teacher = F.log_softmax(_wide(teacher_NV) / temperature, dim=-1)
-    kl_N = F.kl_div(student, teacher, reduction="none", log_target=True).sum(dim=-1)
-    return kl_N.sum() if mask_N is None else kl_N.masked_fill(~mask_N, 0.0).sum()
+    return _Kl.apply(student_NV, teacher_NV.detach(), temperature, mask_N)
+
+
+class _Kl(torch.autograd.Function):
+    """``logits_kd`` with its gradient, ``(q - p) / tau``, written out: autograd would go over N x V twice as often."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student_NV: Tensor, teacher_NV: Tensor, temperature: float, mask_N: Tensor | None
+    ) -> Tensor:
+        log_q, log_p = (F.log_softmax(_wide(x) / temperature, dim=-1) for x in (student_NV, teacher_NV))
+        p = log_p.exp()
+        kl_N = log_p.sub_(log_q).mul_(p).sum(dim=-1)
+        difference = log_q.exp_().sub_(p)
+        if mask_N is not None:
+            kl_N = kl_N.masked_fill(~mask_N, 0.0)
+            difference.masked_fill_(~mask_N[:, None], 0.0)
+        ctx.save_for_backward(difference)
+        ctx.temperature, ctx.dtype = temperature, student_NV.dtype
+        return kl_N.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (difference,) = ctx.saved_tensors
+        return (difference * (upstream / ctx.temperature)).to(ctx.dtype), None, None, None
+
+
+def top_k_log_p(logits_NV: Tensor, k: int, *, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-probabilities at a temperature of the k likeliest tokens, and of all others together.
+
+    Returns:
+        The k entries ``[N, k]`` int64, their ``log softmax(logits / tau)`` ``[N, k]``, and the log of the mass of the
+        rest ``[N]``, very low if nothing is left; fp32, or fp64 for fp64 logits.
+    """
+    log_p = F.log_softmax(_wide(logits_NV) / temperature, dim=-1)
+    top = log_p.topk(k, dim=-1)
+    return top.indices, top.values, log_p.scatter(-1, top.indices, NO_MASS).logsumexp(dim=-1)
+
+
+def top_k_kd(
+    student_NV: Tensor,
+    top_NK: Tensor,
+    top_log_p_NK: Tensor,
+    rest_log_p_N: Tensor,
+    *,
+    temperature: float,
+    mask_N: Tensor | None = None,
+) -> Tensor:
+    """Sum over tokens of a KL over k + 1 buckets: k entries of the vocabulary and all others as one.
+
+        sum_{i in top} p_i log(p_i / q_i) + p_rest log(p_rest / q_rest),   q = softmax(student / tau)
+
+    With k = V it is ``logits_kd``. Merging the others can only lower it (log-sum inequality): how the student spreads
+    the mass of the rest costs nothing.
+
+    Args:
+        student_NV: logits ``[N, V]``.
+        top_NK, top_log_p_NK, rest_log_p_N: of the teacher, as `top_k_log_p` gives them at the same temperature; rounded
+            ones are normalised again.
+        mask_N: tokens that count, bool ``[N]``; all if None.
+    """
+    teacher = torch.cat((_wide(top_log_p_NK), _wide(rest_log_p_N)[:, None]), dim=-1)
+    return _MergedKl.apply(student_NV, top_NK, F.log_softmax(teacher, dim=-1), temperature, mask_N)
+
+
+class _MergedKl(torch.autograd.Function):
+    """``top_k_kd`` with its gradient written out, as `_Kl`.
+
+    d KL / d z_i = (q_i - p_i) / tau of the top,   q_j / q_rest (q_rest - p_rest) / tau of the rest
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_NV: Tensor,
+        top_NK: Tensor,
+        log_p_NB: Tensor,
+        temperature: float,
+        mask_N: Tensor | None,
+    ) -> Tensor:
+        x = _wide(student_NV) / temperature
+        top = x.gather(-1, top_NK)
+        rest = x.scatter_(-1, top_NK, NO_MASS).logsumexp(dim=-1, keepdim=True)
+        # Both are logits of the k + 1 buckets: the normaliser over the buckets is that over the vocabulary.
+        log_q_NB = F.log_softmax(torch.cat((top, rest), dim=-1), dim=-1)
+        difference_NB = log_q_NB.exp() - log_p_NB.exp()
+        kl_N = F.kl_div(log_q_NB, log_p_NB, reduction="none", log_target=True).sum(dim=-1)
+        if mask_N is not None:
+            kl_N = kl_N.masked_fill(~mask_N, 0.0)
+            difference_NB = difference_NB.masked_fill(~mask_N[:, None], 0.0)
+        ctx.save_for_backward(x, rest, top_NK, difference_NB)
+        ctx.temperature, ctx.dtype = temperature, student_NV.dtype
+        return kl_N.sum()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        x, rest, top_NK, difference_NB = ctx.saved_tensors
+        buckets = difference_NB * (upstream / ctx.temperature)
+        gradient = (x - rest).exp_().mul_(buckets[:, -1:]).scatter_(-1, top_NK, buckets[:, :-1])
+        return gradient.to(ctx.dtype), None, None, None, None
 
 
 def relation_kd(

@@ -17,17 +17,16 @@ from transformers import PreTrainedModel
 
 from ..config import DistillConfig
 from ..errors import TrainingError
-from .head_loss import block_linear, head_loss
+from .head_loss import head_loss
 from .losses import (
     IGNORE_INDEX,
     cross_entropy,
     label_loss,
-    logits_kd,
     relation_kd,
     shifted_labels,
 )
-from .sharding import shard_frozen
-from .taps import States, attention_layers, capture, matched_layers
+from .taps import States, attention_layers, matched_layers, run_tapped
+from .teacher import CachedTeacher, LiveTeacher, LogitsKd
 
 
 class Objective(nn.Module):
@@ -102,65 +101,57 @@ class LanguageModelling(Objective):
 class Distillation(LanguageModelling):
     """Stage 3: the student learns the labels, the teacher's distribution and its attention relations.
 
-    The teacher runs without gradients and is no part of this module's parameters or checkpoints.
+    The teacher, running beside the student or read from its cache, is no part of this module's parameters or
+    checkpoints.
     """
 
     count_names: tuple[str, ...] = ("labels", "kd_tokens", "relation_rows")
 
-    def __init__(self, student: PreTrainedModel, teacher: PreTrainedModel, config: DistillConfig) -> None:
+    def __init__(
+        self, student: PreTrainedModel, teacher: PreTrainedModel | CachedTeacher, config: DistillConfig
+    ) -> None:
         super().__init__(student)
         self.distill = config  # not "config": Trainer takes that for the model's
-        self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple: hidden from nn.Module
-        self.vocab_size = min(student.config.vocab_size, teacher.config.vocab_size)
-        try:
-            self.layer_pairs = matched_layers(
-                len(attention_layers(student)),
-                len(attention_layers(teacher)),
-                config.relation_layers,
-                config.teacher_layers,
-            )
-        except ValueError as error:
-            raise TrainingError(str(error)) from error
-        if not config.gamma_relation:
-            self.layer_pairs = []
+        self.taught_by = (
+            teacher
+            if isinstance(teacher, CachedTeacher)
+            else LiveTeacher(teacher, config.temperature, config.relation_states)
+        )
+        self.vocab_size = min(student.config.vocab_size, self.taught_by.vocab_size)
+        self.layer_pairs = layer_pairs(config, len(attention_layers(student)), self.taught_by.num_layers)
 
     @property
     def teacher(self) -> PreTrainedModel:
-        """The full-precision teacher."""
-        return self._teacher[0]
+        """The full-precision teacher that runs beside the student; there is none where it is cached."""
+        assert isinstance(self.taught_by, LiveTeacher)
+        return self.taught_by.model
 
     def shard_teacher(self) -> None:
-        """Give each process a part of the teacher's decoder; the head, read in blocks, stays whole."""
-        names = self.teacher._no_split_modules
-        layers = [module for module in self.teacher.modules() if type(module).__name__ in names]
-        shard_frozen(self.teacher, layers)
+        """Give each process a part of the teacher's decoder, where there is one."""
+        if isinstance(self.taught_by, LiveTeacher):
+            self.taught_by.shard()
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Labelled tokens, tokens of the logits KD, rows of the relation KD; int64 ``[3]``."""
-        kd_tokens = self._kd_mask(batch["labels"], batch["attention_mask"]).sum()
         rows = batch["attention_mask"].sum()
         if self.distill.relation_mask == "none":
             rows = torch.tensor(batch["attention_mask"].numel(), device=rows.device)
-        return torch.stack([super().counts(batch)[0], kd_tokens, rows])
+        return torch.stack([super().counts(batch)[0], self._kd_mask(batch).sum(), rows])
 
-    def _kd_mask(self, labels: Tensor, attention_mask: Tensor) -> Tensor:
-        if self.distill.kd_tokens == "all":
-            return attention_mask.bool()
-        return shifted_labels(labels) != IGNORE_INDEX
+    def _kd_mask(self, batch: Mapping[str, Tensor]) -> Tensor:
+        return kd_mask(self.distill.kd_tokens, batch["labels"], batch["attention_mask"])
 
     def losses(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum and its parts, raw and weighted."""
-        config = self.distill
-        labels, attention_mask = batch["labels"], batch["attention_mask"]
-        teacher = self.teacher
-        if teacher.device != labels.device:
-            teacher.to(labels.device)
-        hidden_s, states_s = self._run(self.student, batch, 0)
-        with torch.no_grad():
-            hidden_t, states_t = self._run(teacher, batch, 1)
-        if config.lambda_logits:
-            kd_mask = self._kd_mask(labels, attention_mask)
-            loss, ce, kd = self._head_losses(hidden_s, hidden_t, shifted_labels(labels), kd_mask, totals)
+        config, labels = self.distill, batch["labels"]
+        layers_s, layers_t = (tuple(pair[side] for pair in self.layer_pairs) for side in (0, 1))
+        hidden_s, states_s = run_tapped(self.student, batch, layers_s, config.relation_states)
+        kd_mask_BT = self._kd_mask(batch) if config.lambda_logits else None
+        taught = self.taught_by.targets(batch, kd_mask_BT, layers_t)
+        if kd_mask_BT is not None and taught.logits_kd is not None:
+            loss, ce, kd = self._head_losses(
+                hidden_s, shifted_labels(labels), kd_mask_BT, taught.logits_kd, totals
+            )
             parts = {
                 "loss/ce": ce,
                 "loss/logits_kd": kd,
@@ -170,53 +161,47 @@ class Distillation(LanguageModelling):
             loss = self.label_cross_entropy(hidden_s, labels) / totals[0]
             parts = {"loss/ce": loss}
         if config.gamma_relation:
-            relation = self._relation_kd(states_s, states_t, attention_mask.bool()) / totals[2]
+            real = batch["attention_mask"].bool()
+            relation = self._relation_kd(states_s, taught.states, real) / totals[2]
             weighted = config.gamma_relation * relation
             loss = loss + weighted
             parts |= {"loss/relation_kd": relation, "loss/relation_kd_weighted": weighted}
         return loss, parts
 
-    def _run(
-        self, model: PreTrainedModel, batch: Mapping[str, Tensor], side: int
-    ) -> tuple[Tensor, dict[int, States]]:
-        """Final hidden states and the tapped states of one model; ``side`` 0 is the student's, 1 the teacher's."""
-        layers = tuple(pair[side] for pair in self.layer_pairs)
-        with capture(model, layers, self.distill.relation_states) as states:
-            hidden = model.base_model(
-                input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
-            ).last_hidden_state
-        return hidden, states
-
     def _head_losses(
-        self, hidden_s: Tensor, hidden_t: Tensor, labels: Tensor, kd_mask: Tensor, totals: Tensor
+        self, hidden: Tensor, labels: Tensor, kd_mask_BT: Tensor, taught: LogitsKd, totals: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """``CE + lambda * logits KD`` with a graph, CE and logits KD; of logits that are made once for both.
 
         Args:
-            hidden_s, hidden_t: final hidden states of student and teacher, ``[B, T, E]`` each.
+            hidden: final hidden states of the student, ``[B, T, E]``.
             labels: what each position predicts, ``[B, T]``.
-            kd_mask: positions of the logits KD, bool ``[B, T]``.
+            kd_mask_BT: positions of the logits KD, in whose order ``taught`` has its rows.
         """
         config = self.distill
-        chosen = kd_mask | (labels != IGNORE_INDEX)
-        labels_N, kd_N, hidden_t = labels[chosen], kd_mask[chosen], hidden_t[chosen]
-        head_t = block_linear(self.teacher.get_output_embeddings())
+        chosen = kd_mask_BT | (labels != IGNORE_INDEX)
+        labels_N, kd_N = labels[chosen], kd_mask_BT[chosen]
+        # Usually the KD counts all of them; where it does not, a token that it leaves out is shown any row.
+        row_N = None if kd_N.all() else (kd_N.cumsum(dim=0) - 1).clamp(min=0)
 
-        @torch.no_grad()
         def teacher_logits(rows: slice) -> Tensor:
-            return head_t(hidden_t[rows])[:, : self.vocab_size]
+            return taught.logits(rows if row_N is None else row_N[rows])[:, : self.vocab_size]  # type: ignore[misc]
 
-        def losses(logits: Tensor, rows: slice, teacher: Tensor) -> Tensor:
+        def losses(logits: Tensor, rows: slice, *teacher: Tensor) -> Tensor:
             student = logits[:, : self.vocab_size]
-            kd = logits_kd(student, teacher, temperature=config.temperature, mask_N=kd_N[rows])
+            if row_N is None:
+                kd = taught.loss(student, *teacher, rows=rows, mask_N=None)
+            else:
+                kd = taught.loss(student, *teacher, rows=row_N[rows], mask_N=kd_N[rows])
             return torch.stack((label_loss(logits, labels_N[rows]), kd))
 
         factors = (1.0, config.temperature**2 if config.tau_squared else 1.0)
-        wide = torch.promote_types(hidden_s.dtype, torch.float32)
+        wide = torch.promote_types(hidden.dtype, torch.float32)
         scales = torch.tensor(factors, dtype=wide, device=totals.device) / totals[:2]
         weights = scales * scales.new_tensor((1.0, config.lambda_logits))
-        head_s = self.student.get_output_embeddings()
-        loss, sums = head_loss(hidden_s[chosen], head_s, losses, weights, beside=teacher_logits)
+        head = self.student.get_output_embeddings()
+        beside = teacher_logits if taught.logits is not None else None
+        loss, sums = head_loss(hidden[chosen], head, losses, weights, beside)
         ce, kd = sums * scales
         return loss, ce, kd
 
@@ -242,6 +227,26 @@ class Distillation(LanguageModelling):
         except ValueError as error:
             raise TrainingError(str(error)) from error
         return torch.stack(losses).mean()
+
+
+def kd_mask(tokens: str, labels_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:
+    """The positions of the logits KD, bool ``[B, T]``; ``tokens`` is ``distill.kd_tokens``."""
+    if tokens == "all":
+        return attention_mask_BT.bool()
+    return shifted_labels(labels_BT) != IGNORE_INDEX
+
+
+def layer_pairs(config: DistillConfig, student_depth: int, teacher_depth: int) -> list[tuple[int, int]]:
+    """Student and teacher layers of the relation KD; none where its weight is 0.
+
+    Raises:
+        TrainingError: a layer does not exist.
+    """
+    try:
+        pairs = matched_layers(student_depth, teacher_depth, config.relation_layers, config.teacher_layers)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+    return pairs if config.gamma_relation else []
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:

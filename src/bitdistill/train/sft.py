@@ -10,6 +10,7 @@ from ..config import DistillConfig, Recipe, SftConfig
 from ..data.prompts import PaddedBatch, PromptEncoder, TaskSequences
 from ..data.segments import SegmentSequences
 from ..data.tasks import Task, load_task
+from ..data.teacher_rows import TaughtBatch, TaughtSequences
 from ..recipe import to_dict
 from .encoder import check_recipe, load_classifier
 from .encoder_objective import Classification
@@ -59,19 +60,23 @@ def train_on_task(
     folder: Path,
     title: str,
     processes: int,
+    *,
+    taught: TaughtSequences | None = None,
 ) -> dict[str, Any]:
-    """Train an objective's student on the task's training examples and save it; returns the metrics."""
+    """Train an objective's student on the task's training examples and save it; returns the metrics.
+
+    ``taught`` are the same examples with what a cached teacher said of them.
+    """
     codes = ternary_codes(objective.student)
-    dataset: TaskSequences | SegmentSequences
-    collate: PaddedBatch | DataCollatorWithPadding
+    dataset: TaskSequences | SegmentSequences | TaughtSequences
+    collate: PaddedBatch | DataCollatorWithPadding | TaughtBatch
     if is_encoder(objective.student.config):
         dataset = SegmentSequences(task.train, tokenizer, recipe.task.max_length)
         collate = DataCollatorWithPadding(tokenizer)
+    elif taught is not None:
+        dataset, collate = taught, TaughtBatch(tokenizer.pad_token_id)
     else:
-        encoder = PromptEncoder(tokenizer, recipe.task.max_length)
-        longest = recipe.task.max_new_tokens if task.kind == "summarisation" else 0
-        encoded = encoder.examples(task.train, end=task.kind != "classification", longest=longest)
-        dataset, collate = TaskSequences(encoded), PaddedBatch(tokenizer.pad_token_id)
+        dataset, collate = task_sequences(recipe, task, tokenizer), PaddedBatch(tokenizer.pad_token_id)
     metrics = fit(
         objective,
         dataset,
@@ -88,6 +93,13 @@ def train_on_task(
     save_model(objective.student, tokenizer, folder)
     write_weight_stats(objective.student, folder, codes)
     return metrics
+
+
+def task_sequences(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBase) -> TaskSequences:
+    """The task's training examples as every fine-tune sees them."""
+    encoder = PromptEncoder(tokenizer, recipe.task.max_length)
+    longest = recipe.task.max_new_tokens if task.kind == "summarisation" else 0
+    return TaskSequences(encoder.examples(task.train, end=task.kind != "classification", longest=longest))
 
 
 def task_settings(recipe: Recipe) -> dict[str, Any]:

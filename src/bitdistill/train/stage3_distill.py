@@ -3,18 +3,20 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..checkpoint import checkpoint_digest
-from ..config import Recipe
+from ..config import DistillConfig, Recipe
 from ..data.tasks import load_task
 from ..errors import ConfigError, TrainingError
 from .encoder import check_recipe, load_classifier, load_finished_classifier
 from .encoder_objective import ClassDistillation
 from .loading import is_encoder, load_config, load_model, load_tokenizer
 from .objective import Distillation
-from .sft import step_title, task_settings, train_on_task
+from .sft import step_title, task_sequences, task_settings, train_on_task
 from .step import run_step
+from .teacher import CachedTeacher
+from .teacher_cache import cached_teacher
 from .trainer import processes_to_keep, training_settings
 
 
@@ -34,7 +36,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     settings = {
         "stage": "stage3_distill",
         "seed": recipe.seed,
-        "training": training_settings(config, processes)
+        "training": _settings(config, processes)
         | {"teacher": checkpoint_digest(config.teacher, config.teacher_revision)},
         "task": task_settings(recipe),
         "task_digest": task.digest,
@@ -46,19 +48,37 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         check_recipe(recipe, model_config, distill=True)
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         _check_same_tokenizer(tokenizer, load_tokenizer(config.teacher, config.teacher_revision))
+        revision = recipe.revision_of(source)
+        taught = None
+        teacher: PreTrainedModel | CachedTeacher
         if is_encoder(model_config):
-            student = load_classifier(source, recipe.revision_of(source), task, recipe.seed)
             teacher = load_finished_classifier(config.teacher, config.teacher_revision, task)
+            student = load_classifier(source, revision, task, recipe.seed)
             objective: Distillation = ClassDistillation(student, teacher, config)
         else:
-            student = load_model(source, recipe.revision_of(source))
-            teacher = load_model(config.teacher, config.teacher_revision)
-            objective = Distillation(student, teacher, config)
+            if config.teacher_cache == "none":
+                teacher = load_model(config.teacher, config.teacher_revision)
+            else:
+                sequences = task_sequences(recipe, task, tokenizer)
+                teacher, taught = cached_teacher(recipe, source, tokenizer, sequences)
+            objective = Distillation(load_model(source, revision), teacher, config)
+        title = step_title(output_dir)
         return train_on_task(
-            recipe, config, task, objective, tokenizer, folder, step_title(output_dir), processes
+            recipe, config, task, objective, tokenizer, folder, title, processes, taught=taught
         )
 
     return run_step(output_dir, settings, work)
+
+
+def _settings(config: DistillConfig, processes: int) -> dict[str, Any]:
+    """The section as the step's record holds it: where a cache lies decides nothing, nor do its keys without one."""
+    settings = training_settings(config, processes)
+    del settings["teacher_cache_dir"]
+    if config.teacher_cache != "topk":
+        del settings["cache_top_k"]
+    if config.teacher_cache == "none":
+        del settings["teacher_cache"]
+    return settings
 
 
 def _check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:

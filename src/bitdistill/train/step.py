@@ -9,15 +9,22 @@ from ..checkpoint import Step
 from ..processes import on_main_process, wait_for_everyone
 
 
-def run_step(output_dir: Path, settings: dict[str, Any], work: Callable[[Path], dict[str, Any]]) -> Path:
+def run_step(
+    output_dir: Path,
+    settings: dict[str, Any],
+    work: Callable[[Path], dict[str, Any]],
+    *,
+    progress: str = Step.progress,
+) -> Path:
     """Call ``work(folder)`` unless the step is done already; returns the finished folder.
 
-    ``work`` runs on every process; the folder and its record are the main process's business.
+    ``work`` runs on every process; the folder and its record are the main process's business. ``progress`` matches the
+    files that an unfinished step can go on from.
 
     Raises:
         CheckpointError: the folder holds this step made with other settings.
     """
-    step = Step(output_dir, settings)
+    step = Step(output_dir, settings, progress)
     on_main_process(step.begin)
     if step.is_done:
         return step.output

@@ -5,7 +5,7 @@ not repeated); they are read by an attention function registered with transforme
 and calls the ordinary one. ``pre_rope`` states are the outputs of the projections, read by forward hooks.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -71,6 +71,20 @@ def capture(
     finally:
         for layer in layers:
             del modules[layer].relation_sink
+
+
+def run_tapped(
+    model: PreTrainedModel,
+    batch: Mapping[str, Tensor],
+    layers: tuple[int, ...],
+    states: Literal["post_rope", "pre_rope"],
+) -> tuple[Tensor, dict[int, States]]:
+    """Final hidden states ``[B, T, E]`` of a padded batch, and the states of ``layers``."""
+    with capture(model, layers, states) as captured:
+        hidden = model.base_model(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+        ).last_hidden_state
+    return hidden, captured
 
 
 def _sink(captured: dict[int, States], layer: int) -> Callable[[States], None]:
