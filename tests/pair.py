@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import accelerate.state
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-from conftest import run_cli
+from command_line import run_cli
 from torch.distributed.fsdp import FSDPModule
 
 from bitdistill.train.callbacks import MetricsFile

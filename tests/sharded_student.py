@@ -11,7 +11,7 @@ import sys
 
 import torch
 import torch.distributed as dist
-from conftest import small_model, small_student
+from tiny_families import small_model, small_student
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Shard
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from bad_input.refusals import change_config, refused, weights_digest
-from conftest import SENTENCES
 from safetensors.torch import load_file
+from small_project import SENTENCES
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from bitdistill.errors import CheckpointError

@@ -1,4 +1,4 @@
-"""What the tests know of a family beyond its row: the peculiarities that a tiny model of it must show.
+"""What the tests know of a family beyond its row: tiny models of it, and the peculiarities that they must show.
 
 ``FAMILY_NAMES`` are the decoders of the table, so a new row runs through every test that is parametrised by
 ``families``. Encoders have tests of their own (``tiny_encoders.py``).
@@ -7,9 +7,11 @@
 from typing import Any
 
 import pytest
+import torch
 import transformers
+from transformers import PreTrainedModel
 
-from bitdistill.model import FAMILIES, find_family
+from bitdistill.model import FAMILIES, STUDENT_CLASSES, find_family
 
 FAMILY_NAMES = [family.model_type for family in FAMILIES if not family.is_encoder]
 ENCODER_NAMES = [family.model_type for family in FAMILIES if family.is_encoder]
@@ -29,3 +31,51 @@ def dense_classes(family: str) -> tuple[Any, Any]:
     row = find_family(family)
     assert row is not None
     return getattr(transformers, row.config_class), getattr(transformers, row.causal_lm_class)
+
+
+def small_model(family: str, **changes: object) -> PreTrainedModel:
+    """A random full-precision model with grouped-query attention, the same at every call.
+
+    Weights are wide enough that logits differ by more than rounding; norm gains and biases are not neutral.
+    """
+    config_class, model_class = dense_classes(family)
+    geometry = {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": 0,
+        "pad_token_id": 1,
+        "tie_word_embeddings": True,
+        **PECULIARITIES.get(family, {}),
+    }
+    torch.manual_seed(1)
+    model = model_class(config_class(**geometry | changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith(".bias"):
+                parameter.normal_(std=0.3)
+    return model
+
+
+def small_student(family: str, ternary: dict | None = None, **changes: object) -> PreTrainedModel:
+    """A small random student with norm gains that are not neutral."""
+    base = small_model(family, **changes)
+    config_class, model_class, *_ = STUDENT_CLASSES[family]
+    fields = base.config.to_dict()
+    fields.pop("model_type")
+    model = model_class(config_class(ternary=ternary or {}, **fields)).eval()
+    report = model.load_state_dict(base.state_dict(), strict=False)
+    assert all(".norm.weight" in name for name in report.missing_keys)
+    with torch.no_grad():
+        for name in report.missing_keys:
+            model.get_parameter(name).uniform_(0.5, 1.5)
+    return model
