@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import checkpoint_digest
-from ..config import Recipe
+from ..config import Recipe, RefineConfig
 from ..data.corpus import PackedSequences, build_shards, collate_packed, source_digest
 from ..model import TernarySpec
 from ..processes import is_main_process, process_state
@@ -40,15 +40,8 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         check_family(source, recipe.revision_of(source))
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         model = load_model(source, recipe.revision_of(source)).to(process_state().device)
-        spec = TernarySpec(
-            norm_sites=config.norm_sites,
-            granularity=config.granularity,
-            block_size=config.block_size,
-            activation_bits=config.activation_bits,
-            skip=config.skip,
-        )
         calibration = _calibration_batches(recipe, tokenizer, corpus_digest) if corpus_digest else None
-        student, report = refine(model, spec, calibration)
+        student, report = refine(model, ternary_spec(config), calibration)
         if is_main_process():
             (folder / "surgery.txt").write_text(f"{report}\n", encoding="utf-8")
         write_weight_stats(student, folder)
@@ -62,6 +55,17 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         }
 
     return run_step(output_dir, settings, work)
+
+
+def ternary_spec(config: RefineConfig) -> TernarySpec:
+    """What the section makes of a model."""
+    return TernarySpec(
+        norm_sites=config.norm_sites,
+        granularity=config.granularity,
+        block_size=config.block_size,
+        activation_bits=config.activation_bits,
+        skip=config.skip,
+    )
 
 
 def _calibration_batches(
