@@ -103,7 +103,7 @@ def run(
     json_path: JsonFile = None,
 ) -> None:
     """Run a whole recipe: every method, the table, the report. A killed run continues where it was."""
-    options = {
+    options: dict[str, Any] = {
         "processes": processes,
         "flops": flops,
         "utilisation": utilisation,
@@ -323,7 +323,9 @@ def _remedy(error: BaseException) -> str | None:
             "a checkpoint could not be written (is the disk full?); the one before it is kept. "
             "Free some space and run the same command again"
         )
-    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in text:
+    if type(error).__name__ == "OutOfMemoryError" or any(
+        sign in text for sign in ("can't allocate memory", "size calculation overflowed")
+    ):
         return (
             "there is not enough memory; nothing finished was lost. Lower batch_size and raise "
             "gradient_accumulation_steps, or take a smaller model: bitdistill run RECIPE --dry-run says what "

@@ -6,7 +6,6 @@ an allocator loses to fragments.
 
 import functools
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -87,7 +86,8 @@ def _traced(step: TrainingStep) -> StepMemory:
         assert step.teacher is not None
         teacher = make(step.teacher)
         objective = Distillation(student, teacher, step.distill)
-    live, marks = LiveBytes(), []
+    models = [student] if teacher is None else [student, teacher]
+    live, marks = LiveBytes(t for model in models for t in _tensors(model)), []
     student.base_model.register_forward_hook(lambda *_: marks.append(live.now))
     with torch.device(META), MetaStep(_selected(step)), live:
         for _ in range(
@@ -131,10 +131,13 @@ def _selected(step: TrainingStep) -> int:
     return step.batch_size * (step.length if everything else step.labelled)
 
 
+def _tensors(module: nn.Module) -> list[Tensor]:
+    """Parameters and buffers; tied ones once."""
+    return list({id(t): t for t in (*module.parameters(), *module.buffers())}.values())
+
+
 def _bytes(module: nn.Module) -> int:
-    """Parameters and buffers; tied ones count once."""
-    tensors: dict[int, Any] = {id(t): t for t in (*module.parameters(), *module.buffers())}
-    return sum(t.numel() * t.itemsize for t in tensors.values())
+    return sum(t.numel() * t.itemsize for t in _tensors(module))
 
 
 def _largest_group(student: nn.Module) -> int:

@@ -98,7 +98,8 @@ class _Planner:
             return facts
         bf16 = autocast_dtype(config.precision) is torch.bfloat16
         tokens, sequences, steps, length = self._work(config)
-        labelled = length if isinstance(config, BaseConfig | PretrainConfig) else self.task.labelled
+        packed = isinstance(config, BaseConfig | PretrainConfig)
+        labelled = length - 1 if packed else self.task.labelled
         flops = round(sequences * self._sequence_flops(step, tokens / sequences, labelled))
         throughput = self._throughput("bf16" if bf16 else "fp32")
         seconds = flops / (throughput * self.machine.utilisation * self.machine.processes)
@@ -146,7 +147,7 @@ class _Planner:
             student=Blueprint(self.base.config, step.spec),
             batch_size=config.batch_size,
             length=length,
-            labelled=length if packed else self.task.most_labelled,
+            labelled=length - 1 if packed else self.task.most_labelled,
             padded=not packed,
             bf16=bf16,
             accumulation=config.gradient_accumulation_steps,

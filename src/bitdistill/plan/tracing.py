@@ -13,7 +13,7 @@ other. What depends on values or on the device they cannot answer, so `MetaStep`
 
 import functools
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -53,8 +53,7 @@ class MetaStep(TorchFunctionMode):
         if func is Tensor.__bool__:
             return False
         if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype is torch.bool:
-            rows = [args[1].new_zeros(self.selected, dtype=torch.int64) for _ in args[1].shape]
-            return func(args[0], tuple(rows))
+            return _Selection.apply(*args, self.selected)
         if func in _PRODUCTS and torch.is_autocast_enabled(DEVICE.type):
             args, kwargs = tuple(map(_cast, args)), {name: _cast(value) for name, value in kwargs.items()}
         if func is F.scaled_dot_product_attention:
@@ -70,6 +69,18 @@ def _cast(x: Any) -> Any:
     if isinstance(x, Tensor) and x.dtype is torch.float32:
         return x.to(torch.get_autocast_dtype(DEVICE.type))
     return x
+
+
+class _Selection(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mask: Tensor, selected: int) -> Tensor:
+        ctx.save_for_backward(mask)
+        ctx.shape = x.shape
+        return x.new_empty(selected, *x.shape[mask.dim() :])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.new_empty(ctx.shape), None, None
 
 
 def _fused_attention(
@@ -101,13 +112,16 @@ class LiveBytes(TorchDispatchMode):
     """Bytes of the storages that were made inside and are alive, and the most there were since ``peak`` was last set.
 
     Results of an operation that was seen before on such shapes are made without asking it: meta kernels are slow.
+
+    Args:
+        outside: tensors that are not to be counted, by themselves or through views of them.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, outside: Iterable[Tensor]) -> None:
         super().__init__()
         self.now = 0
         self.peak = 0
-        self._known: set[int] = set()
+        self._known = {tensor.untyped_storage()._cdata for tensor in outside}
         self._results: dict[Any, tuple[Any, ...]] = {}
 
     def __torch_dispatch__(
