@@ -69,9 +69,7 @@ def dry_run(
 
 
 def _models(plan: dict[str, Any]) -> Table:
-    table = _table(
-        "student", "ternary linears", "SubLN", "parameters", "ternary", "fp32", "packed", "smaller"
-    )
+    table = _table("student", "linears", "SubLN", "parameters", "ternary", "fp32", "packed")
     for m in plan["models"]:
         table.add_row(
             m["family"],
@@ -81,7 +79,6 @@ def _models(plan: dict[str, Any]) -> Table:
             f"{m['ternary_share']:.1%}",
             _bytes(4 * m["parameters"]),
             _bytes(m["bytes_packed"]),
-            f"{m['bytes_at_16_bit'] / m['bytes_packed']:.2f}x",
         )
     return table
 
@@ -122,7 +119,7 @@ def _work(plan: dict[str, Any]) -> Table:
 
 def _remarks(plan: dict[str, Any]) -> list[str]:
     origin = "measured here" if plan["flops_measured"] else "as given"
-    speeds = ", ".join(f"{value / 1e12:.3g} TFLOP/s {key}" for key, value in plan["flops_per_second"].items())
+    speeds = ", ".join(f"{value / 1e12:g} TFLOP/s {key}" for key, value in plan["flops_per_second"].items())
     task = plan["task"]
     return [
         f"run folder   {plan['folder']}; done or not by the folders alone",

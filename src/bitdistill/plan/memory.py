@@ -87,17 +87,17 @@ def _traced(step: TrainingStep) -> StepMemory:
         teacher = make(step.teacher)
         objective = Distillation(student, teacher, step.distill)
     models = [student] if teacher is None else [student, teacher]
-    live, marks = LiveBytes(t for model in models for t in _tensors(model)), []
-    student.base_model.register_forward_hook(lambda *_: marks.append(live.now))
+    live = LiveBytes(t for model in models for t in _tensors(model))
+    decoded: list[int] = []
+    student.base_model.register_forward_hook(lambda *_: decoded.append(live.now))
     with torch.device(META), MetaStep(_selected(step)), live:
-        for _ in range(
-            min(step.accumulation, 2)
-        ):  # gradients of the first are there while the second is made
-            before = live.peak = live.now
-            losses = _forward(objective, step)
-            losses_peak = live.peak
-            torch.autograd.backward(get_gradient_edge(losses["loss"]), torch.ones(()))
-            del losses
+        if step.accumulation > 1:  # the gradients of earlier micro-batches are there
+            for parameter in student.parameters():
+                parameter.grad = torch.empty_like(parameter)
+        before = live.peak = live.now
+        losses = _forward(objective, step)
+        losses_peak = live.peak
+        torch.autograd.backward(get_gradient_edge(losses["loss"]), torch.ones(()))
     trained = [p for p in student.parameters() if p.requires_grad]
     weights, gradients = _bytes(student), sum(p.numel() * p.itemsize for p in trained)
     fixed = {
@@ -110,8 +110,8 @@ def _traced(step: TrainingStep) -> StepMemory:
     return StepMemory(
         **fixed,
         gradients=gradients,
-        activations=marks[-1] - before,
-        losses=losses_peak - marks[-1],
+        activations=decoded[0] - before,
+        losses=losses_peak - decoded[0],
         peak=peak,
         unsharded=_largest_group(student),
     )

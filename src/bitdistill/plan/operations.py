@@ -51,4 +51,4 @@ def measured_throughput(precision: str, seconds: float = 0.3) -> float:
             product = a @ a
         product[0, 0].item()  # waits for the device
         done += 4
-    return float(2 * size**3 * done / (time.perf_counter() - started))
+    return float(f"{2 * size**3 * done / (time.perf_counter() - started):.3g}")

@@ -31,6 +31,9 @@ _PRODUCTS = {
 }  # fmt: skip
 """Calls whose operands autocast makes 16 bits wide, of those that occur in a decoder and its losses."""
 
+_DEVICE_OF = Tensor.device.__get__  # type: ignore[attr-defined]
+_ANSWERED = {_DEVICE_OF, Tensor.__bool__, Tensor.__getitem__, Tensor.to, *_PRODUCTS}
+
 
 class MetaStep(TorchFunctionMode):
     """Inside, meta tensors behave as tensors of a device; new tensors are meta tensors.
@@ -48,7 +51,9 @@ class MetaStep(TorchFunctionMode):
     ) -> Any:
         del types
         kwargs = kwargs or {}
-        if func == Tensor.device.__get__:  # type: ignore[attr-defined]  # a new object at every access
+        if func not in _ANSWERED and kwargs.get("device") is None:
+            return func(*args, **kwargs)
+        if func == _DEVICE_OF:
             return DEVICE
         if func is Tensor.__bool__:
             return False
@@ -135,7 +140,7 @@ class LiveBytes(TorchDispatchMode):
             result = torch.empty_strided(*form[:2], dtype=form[2], device=META)
         else:
             result = func(*args, **kwargs)
-            if isinstance(result, Tensor) and result.device == META and _makes_new_storage(func):
+            if isinstance(result, Tensor) and result.is_meta and _makes_new_storage(func):
                 self._results[key] = result.shape, result.stride(), result.dtype
         for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(tensor, Tensor):
