@@ -98,12 +98,12 @@ class _Planner:
             return facts
         bf16 = autocast_dtype(config.precision) is torch.bfloat16
         tokens, sequences, steps, length = self._work(config)
+        memory = step_memory(self._traced_step(step, config, length, bf16))
         packed = isinstance(config, BaseConfig | PretrainConfig)
         labelled = length - 1 if packed else self.task.labelled
         flops = round(sequences * self._sequence_flops(step, tokens / sequences, labelled))
         throughput = self._throughput("bf16" if bf16 else "fp32")
         seconds = flops / (throughput * self.machine.utilisation * self.machine.processes)
-        memory = step_memory(self._traced_step(step, config, length, bf16))
         return facts | {
             "learning_rate": config.learning_rate,
             "precision": "bf16" if bf16 else "fp32",
