@@ -103,17 +103,17 @@ def run(
     json_path: JsonFile = None,
 ) -> None:
     """Run a whole recipe: every method, the table, the report. A killed run continues where it was."""
-    options: dict[str, Any] = {
+    machine = {
         "processes": processes,
         "flops": flops,
         "utilisation": utilisation,
         "device_memory": device_memory,
     }
-    if dry_run:
-        write_json_to(json_path, cli_plan.dry_run(load(recipe, set_), **options))
-        return
-    cli_plan.refuse_unused(**options)
-    _run_recipe(load(recipe, set_), json_path)
+    if not dry_run:
+        cli_plan.refuse_unused(**machine)
+        _run_recipe(load(recipe, set_), json_path)
+    elif _is_first_process():
+        write_json_to(json_path, cli_plan.dry_run(load(recipe, set_), **machine))
 
 
 @app.command()

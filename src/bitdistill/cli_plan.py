@@ -40,25 +40,13 @@ def refuse_unused(**options: float | None) -> None:
             raise ConfigError(f"--{name.replace('_', '-')} {value:g}: it is not used here; add --dry-run")
 
 
-def dry_run(
-    recipe: "Recipe",
-    *,
-    processes: int | None = None,
-    flops: float | None = None,
-    utilisation: float | None = None,
-    device_memory: float | None = None,
-) -> dict[str, Any]:
-    """Plan a run and print the plan; returns it."""
+def dry_run(recipe: "Recipe", *, device_memory: float | None = None, **options: Any) -> dict[str, Any]:
+    """Plan a run and print the plan; returns it. ``options`` are those of `Machine`; None leaves its default."""
     from .plan import Machine, plan_run
 
+    given = {name: value for name, value in options.items() if value is not None}
     with stderr.status("working it out"):
-        machine = Machine(
-            processes=1 if processes is None else processes,
-            flops=flops,
-            utilisation=0.4 if utilisation is None else utilisation,
-            memory=device_memory,
-        )
-        plan = plan_run(recipe, machine)
+        plan = plan_run(recipe, Machine(memory=device_memory, **given))
     for part in (_models(plan), _memory(plan), _work(plan)):
         console.print(part, "")
     for line in _remarks(plan):
