@@ -1,6 +1,7 @@
 # make demo   the whole method on generated data, in minutes
 # make test   lint, types, import rules, tests
 # make test-sanitize   the engine core under address and undefined-behaviour sanitizers
+# make test-matrix   students and tests in the oldest and the newest transformers; installs each
 # All set up .venv on first use. PYTHON chooses the interpreter.
 PYTHON ?= python3
 VENV := .venv
@@ -8,7 +9,7 @@ BIN := $(VENV)/bin
 SEEDS := 0 1 2
 DATA ?=
 
-.PHONY: demo demo-seeds test test-sanitize lint bench clean
+.PHONY: demo demo-seeds test test-sanitize test-matrix lint bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -44,6 +45,9 @@ test-sanitize: $(VENV)/installed
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/pytest tests/engine
+
+test-matrix: $(VENV)/installed
+	$(BIN)/python tests/transformers_matrix.py --output benchmarks/transformers_matrix.json
 
 # DATA is the folder that benchmarks/real_input/prepare.py describes; needed once.
 bench: $(VENV)/installed

@@ -62,7 +62,7 @@ def test_the_annotated_tree_names_files_that_exist():
 
 @pytest.mark.parametrize(
     "path",
-    [*(ROOT / "recipes").glob("*.toml"), ROOT / "src/bitdistill/recipes/demo.toml"],
+    [*(ROOT / "recipes").rglob("*.toml"), ROOT / "src/bitdistill/recipes/demo.toml"],
     ids=lambda p: p.stem,
 )
 def test_every_recipe_in_the_tree_is_valid(path):

@@ -107,10 +107,45 @@ def test_building_does_not_change_the_document_it_is_given():
 
 
 def test_every_repository_recipe_loads():
-    recipes = sorted((Path(__file__).parents[1] / "recipes").glob("*.toml"))
+    recipes = sorted((Path(__file__).parents[1] / "recipes").rglob("*.toml"))
     assert recipes
     for path in recipes:
         assert load_recipe(path).name
+
+
+# --- one recipe on top of others ---
+
+
+def test_a_recipe_wins_over_what_it_extends_and_the_later_over_the_earlier(tmp_path):
+    write(tmp_path, 'name = "far"\nseed = 3\n[sft]\nepochs = 9\nbatch_size = 2\n', "far.toml")
+    write(tmp_path, 'extends = "far.toml"\n[sft]\nepochs = 7\n[task]\nname = "qnli"\n', "task.toml")
+    write(tmp_path, '[model]\nsource = "some/model"\n[sft]\nlearning_rate = 1e-5\nepochs = 6\n', "model.toml")
+    (tmp_path / "mine").mkdir()
+    recipe = load_recipe(
+        write(
+            tmp_path / "mine",
+            'extends = ["../task.toml", "../model.toml"]\n[sft]\nlearning_rate = 2e-5\n',
+            "both.toml",
+        ),
+        ["sft.weight_decay=0"],
+    )
+    assert (recipe.name, recipe.seed) == ("both", 3)  # a name is not inherited
+    assert recipe.model.source == "some/model"
+    assert recipe.task.name == "qnli"
+    assert recipe.sft == SftConfig(epochs=6, batch_size=2, learning_rate=2e-5, weight_decay=0.0)
+
+
+def test_one_file_may_be_extended_twice_by_two_ways(tmp_path):
+    write(tmp_path, "seed = 3\n", "far.toml")
+    for name in ("a", "b"):
+        write(tmp_path, 'extends = "far.toml"\n', f"{name}.toml")
+    assert load_recipe(write(tmp_path, 'extends = ["a.toml", "b.toml"]\n')).seed == 3
+
+
+def test_a_preset_and_a_key_of_it_may_come_from_two_files(tmp_path):
+    write(tmp_path, '[distill]\npreset = "paper"\n', "paper.toml")
+    recipe = load_recipe(write(tmp_path, 'extends = "paper.toml"\n[distill]\ngamma_relation = 1000\n'))
+    assert (recipe.distill.lambda_logits, recipe.distill.gamma_relation) == (10.0, 1000.0)
 
 
 # --- round trip and frozenness ---

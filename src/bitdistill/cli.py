@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.logging import RichHandler
 
-from . import __version__, cli_engine, cli_eval
+from . import __version__, cli_engine, cli_eval, cli_plan
 from .cli_output import JsonFile, Overrides, RecipeFile, console, load, stderr, write_json_to
 from .errors import BitDistillError, ConfigError
 
@@ -101,9 +101,28 @@ def demo(
 
 
 @app.command()
-def run(recipe: RecipeFile, set_: Overrides = None, json_path: JsonFile = None) -> None:
+def run(
+    recipe: RecipeFile,
+    set_: Overrides = None,
+    dry_run: cli_plan.DryRun = False,
+    processes: cli_plan.Processes = None,
+    flops: cli_plan.Flops = None,
+    utilisation: cli_plan.Utilisation = None,
+    device_memory: cli_plan.DeviceMemory = None,
+    json_path: JsonFile = None,
+) -> None:
     """Run a whole recipe: every method, the table, the report. A killed run continues where it was."""
-    _run_recipe(load(recipe, set_), json_path)
+    machine = {
+        "processes": processes,
+        "flops": flops,
+        "utilisation": utilisation,
+        "device_memory": device_memory,
+    }
+    if not dry_run:
+        cli_plan.refuse_unused(**machine)
+        _run_recipe(load(recipe, set_), json_path)
+    elif _is_first_process():
+        write_json_to(json_path, cli_plan.dry_run(load(recipe, set_), **machine))
 
 
 @app.command()
@@ -314,6 +333,14 @@ def _remedy(error: BaseException) -> str | None:
         return (
             "a checkpoint could not be written (is the disk full?); the one before it is kept. "
             "Free some space and run the same command again"
+        )
+    if type(error).__name__ == "OutOfMemoryError" or any(
+        sign in text for sign in ("can't allocate memory", "size calculation overflowed")
+    ):
+        return (
+            "there is not enough memory; nothing finished was lost. Lower batch_size and raise "
+            "gradient_accumulation_steps, or take a smaller model: bitdistill run RECIPE --dry-run says what "
+            f"every step takes. Reason: {text.splitlines()[0]}"
         )
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror.lower()}; check the path and its permissions"

@@ -120,9 +120,25 @@ class Method:
             distill = distill.without("gamma_relation")
         return stage3_distill.run, dataclasses.replace(recipe, distill=distill)
 
+    def grid(self, recipe: Recipe) -> list[tuple[float | None, str]]:
+        """Learning rates that are tried (None: the section's own), each with its folder."""
+        if not recipe.run.learning_rates:
+            return [(None, self.folder)]
+        return [(rate, f"{self.folder}/lr-{rate:g}") for rate in recipe.run.learning_rates]
+
     @property
     def needs_teacher(self) -> bool:
         return self.name == "bitdistill" and "no_distill" not in self.switches
+
+
+def ordered_methods(recipe: Recipe) -> list[Method]:
+    """The methods of a recipe as they are run: FP16-SFT first, and always, where it makes a teacher."""
+    methods = [Method(key) for key in recipe.run.methods]
+    if not recipe.distill.teacher and any(m.needs_teacher for m in methods):
+        methods.sort(key=lambda m: m.name != "fp16_sft")
+        if methods[0].name != "fp16_sft":
+            methods.insert(0, Method("fp16_sft"))
+    return methods
 
 
 def run(recipe: Recipe) -> dict[str, Any]:
@@ -135,7 +151,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     task = load_task(recipe.task)
     if task.kind == "summarisation":
         check_installed()
-    methods = [Method(key) for key in recipe.run.methods]
+    methods = ordered_methods(recipe)
     teacher: str | Path | None = recipe.distill.teacher or None
     distills = any(m.needs_teacher for m in methods)
     if teacher is not None and distills:
@@ -150,10 +166,6 @@ def run(recipe: Recipe) -> dict[str, Any]:
         check_stage_2(recipe, source, config)
     if teacher is not None and distills and is_encoder(config):
         check_finished_classifier(teacher, teacher_config, task)
-    if teacher is None and distills:
-        methods.sort(key=lambda m: m.name != "fp16_sft")
-        if methods[0].name != "fp16_sft":
-            methods.insert(0, Method("fp16_sft"))
     path = recipe.run_dir / "result.json"
     stored = _stored_result(path, recipe)
     reference = baselines(task)
@@ -200,11 +212,9 @@ def _run_method(
         checkpoint = step(step_recipe, checkpoint, recipe.run_dir / folder)
         steps.append(folder)
     prepared = checkpoint
-    rates: list[float | None] = list(recipe.run.learning_rates) or [None]
     candidates = []
-    for rate in rates:
+    for rate, folder in method.grid(recipe):
         step, step_recipe = method.fine_tune(recipe, rate, teacher)
-        folder = method.folder if rate is None else f"{method.folder}/lr-{rate:g}"
         tuned = step(step_recipe, prepared, recipe.run_dir / folder)
         candidates.append((evaluate_step(recipe, task, tuned, "validation").value, rate, folder, tuned))
     # The first of equals wins, so the order of the grid decides ties.

@@ -1,7 +1,7 @@
 """Recipes: TOML in, frozen dataclasses, JSON out.
 
-A recipe is one TOML file with a section per step of the method. Unknown keys and impossible values are
-errors that name the key, the value and the remedy.
+A recipe is one TOML file with a section per step of the method, on top of the files that ``extends`` names, if any
+(paths beside it). Unknown keys and impossible values are errors that name the key, the value and the remedy.
 """
 
 import dataclasses
@@ -67,17 +67,51 @@ def load_recipe(
     """Read a TOML recipe and apply ``values`` by dotted key, then ``section.key=value`` overrides.
 
     Raises:
-        ConfigError: the file is missing or not TOML, or holds an unknown key or an impossible value.
+        ConfigError: the file or one that it extends is missing or not TOML, or holds an unknown key or an impossible
+            value; ``extends`` goes in a circle.
     """
     path = Path(path)
+    document = {"name": path.stem} | _read_document(path, ())
+    return build_recipe(document, overrides, values)
+
+
+def _read_document(path: Path, inside: tuple[Path, ...]) -> dict[str, Any]:
+    """A recipe file on top of those that its ``extends`` names: later ones win by key, the file itself over all.
+
+    ``inside`` are the files that led here. A recipe is named by itself, never by what it extends.
+    """
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"{path}: cannot read the recipe ({error.strerror}); check the path") from error
+        named = f", which {inside[-1]} extends" if inside else ""
+        raise ConfigError(
+            f"{path}: cannot read the recipe{named} ({error.strerror}); check the path"
+        ) from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid TOML: {error}") from error
-    document.setdefault("name", path.stem)
-    return build_recipe(document, overrides, values)
+    names = document.pop("extends", [])
+    names = [names] if isinstance(names, str) else names
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f"{path}: extends = {names!r}: name one recipe file or a list of them")
+    merged: dict[str, Any] = {}
+    for parent in (path.parent / name for name in names):
+        if parent.resolve() in {file.resolve() for file in (*inside, path)}:
+            raise ConfigError(
+                f"{path}: extends = {parent.name!r} leads back to itself; take one of the two out"
+            )
+        found = _read_document(parent, (*inside, path))
+        found.pop("name", None)
+        _merge(merged, found)
+    _merge(merged, document)
+    return merged
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> None:
+    for key, value in above.items():
+        if isinstance(value, dict) and isinstance(below.get(key), dict):
+            below[key] = below[key] | value
+        else:
+            below[key] = value
 
 
 def build_recipe(

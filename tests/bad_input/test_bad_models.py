@@ -140,11 +140,46 @@ def test_a_corrupted_config_is_named(cli, damaged, content):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("hidden_size", "wide"), ("hidden_size", -3), ("num_key_value_heads", 0), ("hidden_act", "slu")],
+    [("hidden_size", "wide"), ("hidden_act", "slu")],
 )
 def test_an_impossible_config_value_is_refused(cli, damaged, key, value):
     change_config(damaged, **{key: value})
     refused(cli("inspect", damaged), damaged, "does not load")
+
+
+SIZES = {
+    "zero": ({"hidden_size": 0}, "hidden_size = 0 in config.json"),
+    "negative": ({"intermediate_size": -3}, "intermediate_size = -3 in config.json"),
+    "no layers": ({"num_hidden_layers": 0}, "num_hidden_layers = 0 in config.json"),
+    "no heads": ({"num_key_value_heads": 0}, "num_key_value_heads = 0 in config.json"),
+    "overflowing": ({"vocab_size": 2**40}, "vocab_size = 1099511627776 in config.json"),
+    "overflowing width": ({"hidden_size": 2**62}, "hidden_size = 4611686018427387904 in config.json"),
+    "heads that do not divide": (
+        {"num_key_value_heads": 3},
+        "num_key_value_heads = 3 in config.json does not divide num_attention_heads = 4",
+    ),
+    "width that heads do not divide": (
+        {"num_attention_heads": 6, "head_dim": None},
+        "num_attention_heads = 6 in config.json does not divide hidden_size = 32",
+    ),
+}
+
+
+@pytest.mark.parametrize("verb", ["inspect", "run", "dry run"])
+@pytest.mark.parametrize("case", SIZES)
+def test_a_size_that_no_model_has_is_refused_before_any_weight_is_read(cli, project, damaged, case, verb):
+    values, fragment = SIZES[case]
+    change_config(damaged, **values)
+    (damaged / "model.safetensors").unlink()
+    arguments = {
+        "inspect": ("inspect", damaged),
+        "run": ("run", project, "--set", f"model.source={damaged}"),
+        "dry run": ("run", project, "--set", f"model.source={damaged}", "--dry-run"),
+    }
+    message = refused(cli(*arguments[verb]), damaged)
+    # Some combinations transformers refuses by itself when it reads the config.
+    assert fragment in message or "does not load" in message
+    assert "make the checkpoint again" in message
 
 
 @pytest.mark.parametrize(

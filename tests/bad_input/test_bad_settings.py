@@ -22,10 +22,68 @@ from refusals import WEIGHT, change_tensors, refused
         ("run.methods=['bitnet']", ("run.methods = 'bitnet'", "fp16_sft")),
         ("sft.epochs", ("--set sft.epochs", "section.key=value")),
         ("corpus.source=", ("model.source is empty", "[base]")),
+        ("base.hidden_size=0", ("base.hidden_size = 0", "from 1 to 2147483647")),
+        ("base.vocab_size=1099511627776", ("base.vocab_size = 1099511627776", "from 1 to 2147483647")),
+        ("base.num_key_value_heads=3", ("base.num_key_value_heads = 3", "divide num_attention_heads = 8")),
     ],
 )
 def test_a_wrong_setting_is_named(cli, project, override, fragments):
     refused(cli("run", project, "--set", override), *fragments)
+
+
+@pytest.mark.parametrize("size", [2**30, 2**31 - 1], ids=["too large", "overflowing"])
+def test_a_base_that_no_memory_holds_is_refused(cli, project, tmp_path, size):
+    sizes = [f"base.{key}={size}" for key in ("hidden_size", "intermediate_size")]
+    overrides = [argument for setting in sizes for argument in ("--set", setting)]
+    outcome = cli("pretrain", project, "--output", tmp_path / "new", *overrides)
+    refused(outcome, "not enough memory", "--dry-run", "smaller model")
+    assert not (tmp_path / "new").exists()
+
+
+def test_options_of_a_dry_run_are_refused_without_one(cli, project):
+    refused(cli("run", project, "--processes", "8"), "--processes 8", "add --dry-run")
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "fragment"),
+    [
+        ("--processes", "0", "use 1 or more"),
+        ("--flops", "-1", "positive"),
+        ("--flops", "inf", "positive"),
+        ("--utilisation", "40", "(0, 1]"),
+        ("--device-memory", "0", "positive"),
+    ],
+)
+def test_an_impossible_machine_is_refused(cli, project, option, value, fragment):
+    refused(cli("run", project, "--dry-run", option, value), option, fragment)
+
+
+# --- recipes that extend others ---
+
+
+def test_a_recipe_that_extends_a_missing_one_names_both(cli, tmp_path):
+    path = tmp_path / "recipe.toml"
+    path.write_text('extends = "none.toml"\n')
+    refused(cli("run", path), tmp_path / "none.toml", f"which {path} extends", "check the path")
+
+
+def test_recipes_that_extend_each_other_are_refused(cli, tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / f"{name}.toml").write_text(f'extends = "{other}.toml"\n')
+    refused(cli("run", tmp_path / "a.toml"), tmp_path / "b.toml", "'a.toml' leads back to itself")
+
+
+@pytest.mark.parametrize("value", ["3", "{ file = 'a.toml' }", "[1]"])
+def test_extends_that_names_no_file_is_refused(cli, tmp_path, value):
+    path = tmp_path / "recipe.toml"
+    path.write_text(f"extends = {value}\n")
+    refused(cli("run", path), path, "extends = ", "a list of them")
+
+
+def test_a_key_is_checked_where_it_was_inherited_too(cli, tmp_path):
+    (tmp_path / "a.toml").write_text("[sft]\nepoch = 1\n")
+    (tmp_path / "b.toml").write_text('extends = "a.toml"\n')
+    refused(cli("run", tmp_path / "b.toml"), "sft.epoch: unknown key")
 
 
 def test_a_missing_recipe_is_named(cli, tmp_path):

@@ -14,6 +14,7 @@ import torch
 from tiny_families import FAMILY_NAMES, PECULIARITIES, dense_classes, families
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.dynamic_module_utils import get_relative_imports
 
 import bitdistill.model
 from bitdistill.model import STUDENT_CLASSES, BitLinear
@@ -380,6 +381,13 @@ def test_the_code_beside_a_checkpoint_is_the_packages_own(tmp_path):
     source = Path(bitdistill.model.__file__).parent
     for name in ("students.py", "layers.py", "quant.py", "families.py"):
         assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_the_students_file_imports_every_file_that_must_travel_with_it():
+    """transformers 5.0 to 5.9 copy the files that this one imports, and not what those import in turn."""
+    folder = Path(bitdistill.model.__file__).parent
+    names = {path.stem for path in folder.glob("*.py")} - {"__init__", "students"}
+    assert set(get_relative_imports(folder / "students.py")) == names
 
 
 LOAD_WITHOUT_PACKAGE = """

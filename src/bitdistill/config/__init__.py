@@ -1,5 +1,6 @@
 """What a recipe can say: frozen dataclasses, one per section. The only place that holds defaults."""
 
+from .checks import LARGEST_SIZE
 from .data import TASK_KINDS, CorpusConfig, ModelConfig, TaskConfig
 from .run import ABLATIONS, METHODS, Recipe, RunConfig
 from .stages import KD_KEYS, DistillConfig, PretrainConfig, RefineConfig, SftConfig
@@ -8,6 +9,7 @@ from .training import BaseConfig, TrainingConfig
 __all__ = [
     "ABLATIONS",
     "KD_KEYS",
+    "LARGEST_SIZE",
     "METHODS",
     "TASK_KINDS",
     "BaseConfig",

@@ -5,6 +5,9 @@ from typing import Any
 
 from ..errors import ConfigError
 
+LARGEST_SIZE = 2**31
+"""What no dimension of a model reaches: token ids and offsets are 32-bit numbers in places."""
+
 
 def check(ok: bool, key: str, value: object, remedy: str) -> None:
     if not ok:

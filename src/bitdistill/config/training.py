@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import check, check_unused
+from .checks import LARGEST_SIZE, check, check_unused
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +116,14 @@ class BaseConfig(TrainingConfig):
         )
         layers = ("hidden_size", "intermediate_size", "num_hidden_layers")
         sizes = (*layers, "num_attention_heads", "num_key_value_heads", "head_dim")
-        for key in sizes:
-            check(getattr(self, key) >= 1, f"base.{key}", getattr(self, key), "use a whole number >= 1")
+        for key in ("vocab_size", *sizes):
+            size = getattr(self, key)
+            check(
+                1 <= size < LARGEST_SIZE,
+                f"base.{key}",
+                size,
+                f"use a whole number from 1 to {LARGEST_SIZE - 1}",
+            )
         if self.continue_from:
             shape = ("vocab_size", *sizes, "tie_word_embeddings", "initializer_range")
             check_unused(

@@ -16,6 +16,7 @@ from transformers import initialization as init
 
 from .families import FAMILIES, Family, ends_in
 from .layers import BitLinear, SubLN, TernarySpec
+from .quant import Granularity  # noqa: F401  transformers before 5.10 copies only the files that this one imports
 
 
 def ternary_sites(model: nn.Module, family: Family, skip: tuple[str, ...]) -> list[str]:

@@ -44,28 +44,36 @@ def _make_blank(recipe: Recipe, config: BaseConfig, folder: Path) -> dict:
     """Train the tokenizer, draw the weights, save both."""
     tokenizer = train_tokenizer(recipe, config.vocab_size)
     set_seed(recipe.seed)
-    model = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=len(tokenizer),
-            hidden_size=config.hidden_size,
-            intermediate_size=config.intermediate_size,
-            num_hidden_layers=config.num_hidden_layers,
-            num_attention_heads=config.num_attention_heads,
-            num_key_value_heads=config.num_key_value_heads,
-            head_dim=config.head_dim,
-            tie_word_embeddings=config.tie_word_embeddings,
-            max_position_embeddings=2048,
-            initializer_range=config.initializer_range,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            dtype=torch.float32,
-        )
-    )
+    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    model = Qwen3ForCausalLM(blank_config(config, vocab_size=len(tokenizer), **ids))
     save_model(model, tokenizer, folder)
     embedding = model.get_input_embeddings().weight.numel()
     total = sum(p.numel() for p in model.parameters())
     return {"parameters": total, "non_embedding_parameters": total - embedding}
+
+
+def blank_config(config: BaseConfig, **tokens: int | None) -> Qwen3Config:
+    """The model of a ``[base]`` section; ``tokens`` are its tokenizer's size and special ids, by config key."""
+    values = {
+        "vocab_size": config.vocab_size,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+        **tokens,
+    }
+    return Qwen3Config(
+        hidden_size=config.hidden_size,
+        intermediate_size=config.intermediate_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        tie_word_embeddings=config.tie_word_embeddings,
+        max_position_embeddings=2048,
+        initializer_range=config.initializer_range,
+        dtype=torch.float32,
+        **values,
+    )
 
 
 def train_tokenizer(recipe: Recipe, vocab_size: int) -> PreTrainedTokenizerFast:

@@ -18,9 +18,22 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from .. import model as students
+from ..config import LARGEST_SIZE
 from ..errors import CheckpointError, SurgeryError
 from ..processes import is_main_process
 from .sharding import is_sharded, whole_state
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+"""Config keys that must be sizes where a family has them."""
 
 
 def load_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
@@ -132,6 +145,7 @@ def load_config(source: str | Path, revision: str | None = None) -> PretrainedCo
         config = AutoConfig.from_pretrained(str(source), revision=revision)
     except Exception as error:  # a damaged config can fail in any way
         raise _refusal(source, "config", error) from error
+    _check_sizes(source, config.get_text_config())
     if is_encoder(config):
         _check_encoder(source, config)
     else:
@@ -161,6 +175,28 @@ def _check_encoder(source: str | Path, config: PretrainedConfig) -> None:
         raise CheckpointError(
             f"{source}: position_embedding_type = {position!r}, which transformers no longer computes; use a "
             "checkpoint with absolute positions"
+        )
+
+
+def _check_sizes(source: str | Path, config: PretrainedConfig) -> None:
+    """Sizes that no model has would end in an allocation or a division far from their cause."""
+    for key in _SIZES:
+        value = getattr(config, key, None)
+        if value is not None and (type(value) is not int or not 1 <= value < LARGEST_SIZE):
+            raise CheckpointError(
+                f"{source}: {key} = {value!r} in config.json: a model has a whole number from 1 to {LARGEST_SIZE - 1} "
+                "there; fetch or make the checkpoint again"
+            )
+    heads, shared = (getattr(config, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if heads and shared and heads % shared:
+        raise CheckpointError(
+            f"{source}: num_key_value_heads = {shared} in config.json does not divide num_attention_heads = {heads}; "
+            "fetch or make the checkpoint again"
+        )
+    if heads and not getattr(config, "head_dim", None) and config.hidden_size % heads:
+        raise CheckpointError(
+            f"{source}: num_attention_heads = {heads} in config.json does not divide hidden_size = "
+            f"{config.hidden_size}, and there is no head_dim; fetch or make the checkpoint again"
         )
 
 

@@ -216,9 +216,9 @@ def relation_kd(
             sequences = slice(start, start + len(block_s))
             masks = (None if m is None else m[sequences] for m in (query_mask_BT, key_mask_BT))
             # The relations of a block live only while it is worked on; the backward pass makes them again.
-            kl = checkpoint(
-                _relation_kl, block_s, block_t, rows, form, temperature, *masks, causal, use_reentrant=False
-            )
+            inputs = (block_s, block_t, rows, form, temperature, *masks, causal)
+            # No check that both times agree: it compares devices, which a trace on the meta device makes up.
+            kl = checkpoint(_relation_kl, *inputs, use_reentrant=False, determinism_check="none")
             total = total + kl / relation_heads
     return total
 

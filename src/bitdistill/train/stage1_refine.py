@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..checkpoint import checkpoint_digest
-from ..config import Recipe
+from ..config import Recipe, RefineConfig
 from ..data.corpus import PackedSequences, build_shards, collate_packed, source_digest
 from ..data.masked import FramedSequences
 from ..model import TernarySpec
@@ -42,20 +42,13 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         check_family(source, recipe.revision_of(source))
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         model = load_model(source, recipe.revision_of(source)).to(process_state().device)
-        spec = TernarySpec(
-            norm_sites=config.norm_sites,
-            granularity=config.granularity,
-            block_size=config.block_size,
-            activation_bits=config.activation_bits,
-            skip=config.skip,
-        )
         if corpus_digest:
             check_positions(model.config, "corpus.sequence_length", recipe.corpus.sequence_length)
         framed = is_encoder(model.config)
         calibration = (
             _calibration_batches(recipe, tokenizer, corpus_digest, framed) if corpus_digest else None
         )
-        student, report = refine(model, spec, calibration)
+        student, report = refine(model, ternary_spec(config), calibration)
         if is_main_process():
             (folder / "surgery.txt").write_text(f"{report}\n", encoding="utf-8")
         write_weight_stats(student, folder)
@@ -69,6 +62,17 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         }
 
     return run_step(output_dir, settings, work)
+
+
+def ternary_spec(config: RefineConfig) -> TernarySpec:
+    """What the section makes of a model."""
+    return TernarySpec(
+        norm_sites=config.norm_sites,
+        granularity=config.granularity,
+        block_size=config.block_size,
+        activation_bits=config.activation_bits,
+        skip=config.skip,
+    )
 
 
 def _calibration_batches(
