@@ -116,7 +116,8 @@ def _remarks(plan: dict[str, Any]) -> list[str]:
         f"time left    {_duration(plan['seconds_left'])}, an estimate: {plan['processes']} x {speeds} ({origin}) at "
         f"{plan['utilisation']:.0%}; tokenising, saving and evaluation come on top",
         "memory       of a traced step; kept: by the student for its backward pass; losses: on top, the teacher's pass "
-        "included, also where distill.teacher_cache spares it. A CUDA context and fragments come on top",
+        "included. Neither what gradient_checkpointing nor what distill.teacher_cache would spare is taken off; a CUDA "
+        "context and fragments come on top",
     ]
 
 

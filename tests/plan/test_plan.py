@@ -212,3 +212,10 @@ def test_what_does_not_fit_is_warned_of_once_a_method(cli, project, llama):
     (line,) = outcome.err.strip().splitlines()
     assert line.startswith("warning: fp16_sft takes ")
     assert "which has 0.10 MB; lower batch_size" in line
+
+
+def test_an_encoder_is_refused(cli, encoder_project, bert):
+    outcome = cli("run", encoder_project, "--dry-run", "--set", f"model.source={bert}")
+    assert outcome.status == 1
+    assert "a dry run plans decoders, and bert is an encoder" in outcome.err
+    assert "Traceback" not in outcome.err

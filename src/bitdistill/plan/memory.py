@@ -1,7 +1,7 @@
 """Memory of a training step on one device, itemised: the step is traced on the meta device and its storages counted.
 
-Not counted: what the device's libraries hold for themselves (a CUDA context and workspaces, about a gigabyte), and what
-an allocator loses to fragments.
+Planned as if ``gradient_checkpointing`` were off, which keeps more. Not counted: what the device's libraries hold for
+themselves (a CUDA context and workspaces, about a gigabyte), and what an allocator loses to fragments.
 """
 
 import functools
@@ -31,8 +31,6 @@ class TrainingStep:
     """Whether sequences differ in length, so that a batch has an attention mask."""
     bf16: bool
     accumulation: int
-    recompute: bool = False
-    """Whether layers are computed again in the backward pass (``gradient_checkpointing``)."""
     teacher: Blueprint | None = None
     distill: DistillConfig | None = None
 
@@ -94,8 +92,6 @@ def _traced(step: TrainingStep) -> StepMemory:
         assert step.teacher is not None
         teacher = make(step.teacher)
         objective = Distillation(student, teacher, step.distill)
-    if step.recompute:
-        objective.recompute_layers()
     models = [student] if teacher is None else [student, teacher]
     live = LiveBytes(t for model in models for t in _tensors(model))
     decoded: list[int] = []

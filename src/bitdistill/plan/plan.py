@@ -156,7 +156,6 @@ class _Planner:
             padded=not packed,
             bf16=bf16,
             accumulation=config.gradient_accumulation_steps,
-            recompute=config.gradient_checkpointing,
             teacher=None if distill is None else self.teacher,
             distill=distill,
         )
