@@ -83,6 +83,14 @@ class Recipe:
             self.model.source,
             "a recipe has either model.source or a [base] section, not both",
         )
+        if self.base and not self.base.continue_from:
+            check(
+                self.corpus.sequence_length <= self.base.max_position_embeddings,
+                "corpus.sequence_length",
+                self.corpus.sequence_length,
+                f"base.max_position_embeddings = {self.base.max_position_embeddings} is the longest; raise it, or use "
+                "shorter sequences",
+            )
 
     @property
     def run_dir(self) -> Path:

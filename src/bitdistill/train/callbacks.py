@@ -135,7 +135,7 @@ class MetricsFile(TrainerCallback):
 
     def summary(self) -> dict[str, Any]:
         """The last losses and the time, for the step's record."""
-        losses = {key: value for key, value in self.last.items() if key.startswith("loss")}
+        losses = {key: value for key, value in self.last.items() if key.startswith(("loss", "heldout"))}
         return losses | {"steps": self.last.get("step"), "train_time_s": round(self.time_s, 2)}
 
 

@@ -35,7 +35,7 @@ def inspect_checkpoint(source: str | Path) -> dict[str, Any]:
     if layers:
         codes = torch.cat([c.flatten() for c in ternary_codes(model).values()])
         facts |= {
-            "ternary_spec": model.config.ternary,
+            "ternary_spec": layers[0].spec.to_dict(),
             "bits_per_ternary_weight": TERNARY_BITS,
             "trit_shares": {str(v): round(float((codes == v).float().mean()), 4) for v in (-1, 0, 1)},
         }

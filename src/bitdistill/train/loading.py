@@ -17,21 +17,24 @@ from transformers.utils import logging as hf_logging
 from .. import model as students
 from ..errors import CheckpointError, SurgeryError
 from ..processes import is_main_process
+from .native import MODEL_TYPE, is_native, make_native, quantization_of, without_quantization
 
 
 def load_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """A causal LM in fp32, from a local folder or the hub; students load as students.
+    """A causal LM in fp32, from a local folder or the hub; students and native BitNets load ready to train.
 
     Raises:
         CheckpointError: nothing there, or it is damaged or incomplete.
     """
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
-    load_config(source, revision)  # refuses what its config rules out before any weight is fetched
+    config = load_config(source, revision)  # refuses what it rules out before any weight is fetched
+    native = is_native(config)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             str(source),
             revision=revision,
+            **({"config": without_quantization(config)} if native else {}),
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, with the name of the tensor
@@ -39,7 +42,7 @@ def load_model(source: str | Path, revision: str | None = None) -> PreTrainedMod
     except Exception as error:  # a damaged config or weight file can fail in any way
         raise _refusal(source, "model", error) from error
     _check_tensors(source, model, report)
-    return model
+    return make_native(model, quantization_of(config)) if native else model
 
 
 def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
@@ -131,6 +134,11 @@ def convertible_family(model_type: str) -> students.Family:
     """
     if any(model_type == family.student_type for family in students.FAMILIES):
         raise SurgeryError(f"this model is a ternary student already ({model_type}); refine its base instead")
+    if model_type == MODEL_TYPE:
+        raise SurgeryError(
+            "this model is a BitNet, which has its sub-norms and is ternary by training, not by conversion; pre-train "
+            "it (bitdistill base) or fine-tune it (bitdistill sft) as it is, or refine a model of another family"
+        )
     family = students.find_family(model_type)
     if family is None:
         known = ", ".join(f.model_type for f in students.FAMILIES)

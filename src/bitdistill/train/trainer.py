@@ -25,6 +25,7 @@ from ..errors import CheckpointError, TrainingError
 from ..processes import num_processes
 from ..recipe import to_dict
 from .callbacks import CodeStatistics, EpochOrder, MetricsFile, ProgressBar, StepSchedules
+from .heldout import HeldoutLoss
 from .objective import LanguageModelling, autocast_dtype
 from .schedule import learning_rate_factor
 
@@ -79,6 +80,7 @@ class StudentTrainer(Trainer):
         data_collator: Any,
         tokenizer: PreTrainedTokenizerBase,
         lengths: list[int] | None,
+        heldout: HeldoutLoss | None,
     ) -> None:
         super().__init__(
             model=objective,
@@ -96,6 +98,9 @@ class StudentTrainer(Trainer):
         self.parts_steps = 0
         self.codes = CodeStatistics(objective.student)
         self.add_callback(self.codes)
+        self.heldout = heldout
+        if heldout is not None:
+            self.add_callback(heldout)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         del train_dataset
@@ -168,6 +173,8 @@ class StudentTrainer(Trainer):
                     self._diverged("gradient", logs["optim/grad_norm"], self.state.global_step)
                 )
             logs |= self.codes.measure()
+            if self.heldout is not None:
+                logs |= self.heldout.take()
             self.parts, self.parts_steps = {}, 0
         super().log(logs, start_time)
 
@@ -204,6 +211,7 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     title: str,
     lengths: list[int] | None = None,
+    heldout: HeldoutLoss | None = None,
 ) -> dict[str, Any]:
     """Train an objective's student in place for ``steps`` optimizer steps, resuming what ``work_dir`` holds.
 
@@ -211,6 +219,7 @@ def fit(
         dataset: items that ``collate`` turns into the objective's keyword arguments.
         work_dir: receives ``metrics.jsonl`` and, until the step is finished, ``trainer/``.
         lengths: tokens of each item, to batch similar lengths together.
+        heldout: what computes the held-out losses of the log.
 
     Returns:
         Metrics of the whole training, time included.
@@ -259,6 +268,7 @@ def fit(
         data_collator=collate,
         tokenizer=tokenizer,
         lengths=lengths,
+        heldout=heldout,
     )
     trainer.remove_callback(PrinterCallback)
     metrics_file = MetricsFile(work_dir / "metrics.jsonl")

@@ -29,11 +29,9 @@ def _sites(model: nn.Module) -> dict[str, nn.Linear]:
 def _quantized(module: nn.Linear) -> tuple[Tensor, Tensor]:
     """Codes and latent / scale of one linear, ``[N, K]`` each."""
     latent = module.weight.detach()
-    if isinstance(module, BitLinear):
-        granularity, block_size = module.spec.granularity, module.spec.block_size
-    else:
-        granularity, block_size = "tensor", 1
-    code, scale = ternarize(latent, granularity, block_size)
+    is_ternary = isinstance(module, BitLinear)
+    code, scale = module.ternarized() if is_ternary else ternarize(latent)
+    block_size = module.spec.block_size if is_ternary else 1
     return code, latent.float() / expand_scale(scale, latent.shape[1], block_size)
 
 
