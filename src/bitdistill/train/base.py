@@ -66,10 +66,8 @@ def run(recipe: Recipe, output_dir: Path) -> Path:
 
 def _make_blank(recipe: Recipe, config: BaseConfig, folder: Path) -> dict:
     """Get the tokenizer, draw the weights, save both."""
-    if config.tokenizer:
-        tokenizer = load_tokenizer(config.tokenizer)
-    else:
-        tokenizer = train_tokenizer(recipe, config.vocab_size)
+    own = config.tokenizer
+    tokenizer = load_tokenizer(own) if own else train_tokenizer(recipe, config.vocab_size)
     set_seed(recipe.seed)
     model = untrained(config, tokenizer)
     save_model(model, tokenizer, folder)

@@ -37,7 +37,7 @@ def heldout_loss(objective: LanguageModelling, sequences: PackedSequences, indic
 
 
 class HeldoutLoss(TrainerCallback):
-    """Held-out loss every few steps and at the last one, as a function of the weights alone: a resumed run has the same.
+    """Held-out loss every few steps and at the last one: a function of the weights, so a resumed run has the same.
 
     Every process computes all of it: sharded weights need them all, and the sum keeps its order.
     """

@@ -12,9 +12,9 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
     """Factor on the peak learning rate at optimizer step ``step`` (0-based) of ``total_steps``.
 
     ``two_stage`` follows the b1.58 training tips: linear decay to 0 after the warm-up, its line multiplied by
-    ``two_stage_drop`` in the second half of the run. ``two_stage_cosine`` follows BitNet b1.58 2B4T (arXiv
-    2504.12285, section 2.2): a cosine that would reach 0 at the end, left in the middle of the run for another that falls
-    from ``two_stage_drop`` to 0. The report gives no numbers and does not say how far the first cosine reaches.
+    ``two_stage_drop`` in the second half of the run. ``two_stage_cosine`` follows BitNet b1.58 2B4T (arXiv 2504.12285):
+    a cosine that would reach 0 at the end, left in the middle of the run for another that falls from
+    ``two_stage_drop`` to 0. The report gives no numbers and does not say how far the first cosine reaches.
     """
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
@@ -34,8 +34,8 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
 def weight_decay_at(config: TrainingConfig, step: int, total_steps: int) -> float:
     """Weight decay at optimizer step ``step`` of ``total_steps``.
 
-    ``half_then_zero``: the training tips; ``cosine_then_zero``: 2B4T, whose first stage has "a cosine schedule, reaching
-    a peak value of 0.1", taken here as the cosine of the learning rate.
+    ``half_then_zero``: the training tips; ``cosine_then_zero``: 2B4T, whose first stage has a cosine with a peak of
+    0.1, taken here as that of the learning rate.
     """
     if config.weight_decay_schedule == "constant":
         return config.weight_decay
