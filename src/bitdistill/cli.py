@@ -228,7 +228,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo.")],
     json_path: JsonFile = None,
 ) -> None:
-    """Write report.html and report.md of a run."""
+    """Write report.html and report.md of a run, or of the models pre-trained in a folder, side by side."""
     from .report.write import write_report
 
     paths = [str(path) for path in write_report(run_dir)]

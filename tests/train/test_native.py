@@ -236,6 +236,14 @@ def test_a_native_model_is_fine_tuned_evaluated_and_inspected_as_a_student(cli, 
     assert weight_stats["flip_rate"] > 0
 
 
+def test_a_native_model_learns_from_its_twin(cli, recipe, twins, tmp_path):
+    teacher, source = twins["dense"][0], twins["base"][0]
+    outcome = cli("distill", recipe, "--source", source, "--teacher", teacher, "--output", tmp_path / "new")
+    assert outcome.status == 0, outcome.err
+    assert sum(isinstance(m, AutoBitLinear) for m in stock(tmp_path / "new").modules()) == LINEARS
+    assert all(line["loss/relation_kd"] > 0 for line in log(tmp_path / "new"))
+
+
 def test_pre_training_goes_on_from_a_native_checkpoint(cli, recipe, native, tmp_path):
     path = tmp_path / "more.toml"
     text = recipe.read_text().replace(BASE, "")
