@@ -129,9 +129,11 @@ def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
 
     model_type, known = model.config.model_type, ", ".join(FAMILIES)
     if not any(ternary_of(m) is not None for m in model.modules() if isinstance(m, nn.Linear)):
+        remedy = "Make a student of it first: bitdistill refine"
+        if model_type == "bitnet":
+            remedy = "It is the full-precision twin of a native BitNet: export that one"
         raise CheckpointError(
-            f"{source} is not a ternary model (model_type {model_type!r}); export takes {known}. "
-            "Make a student of it first: bitdistill refine"
+            f"{source} is not a ternary model (model_type {model_type!r}); export takes {known}. {remedy}"
         )
     if model_type not in FAMILIES:
         raise CheckpointError(

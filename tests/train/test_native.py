@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BitNetForCausalLM
 from transformers.integrations.bitnet import AutoBitLinear
 
@@ -299,6 +299,29 @@ def test_the_engine_writes_what_transformers_writes(native, tmp_path):
         tokens = list(engine.generate(prompt, max_new_tokens=16).tokens)
         assert tokens == expected[: len(tokens)]
         assert len(tokens) >= 3
+
+
+def test_the_twin_is_not_exported(cli, twins, tmp_path):
+    outcome = cli("export", twins["dense"][0], tmp_path / "packed")
+    assert outcome.status == 1
+    assert "full-precision twin" in outcome.err
+
+
+def test_a_checkpoint_that_holds_more_than_its_config_says_is_refused(cli, native, tmp_path):
+    """Scales beside the weights: trits that online quantisation would take for latents."""
+    shutil.copytree(native, tmp_path / "bitnet")
+    tensors = load_file(native / "model.safetensors")
+    tensors["model.layers.0.mlp.up_proj.weight_scale"] = torch.ones(1)
+    save_file(tensors, tmp_path / "bitnet" / "model.safetensors", metadata={"format": "pt"})
+    outcome = cli("inspect", tmp_path / "bitnet")
+    assert outcome.status == 1
+    assert "model.layers.0.mlp.up_proj.weight_scale has no place in the model" in outcome.err
+
+
+def test_a_recipe_without_a_base_is_told_so(cli, project, tmp_path):
+    outcome = cli("base", project, "--output", tmp_path / "x")
+    assert outcome.status == 1
+    assert "no [base] section" in outcome.err
 
 
 @pytest.mark.parametrize("which", ["base", "dense"])

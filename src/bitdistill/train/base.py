@@ -48,7 +48,9 @@ def run(recipe: Recipe, output_dir: Path) -> Path:
     """
     config = recipe.base
     if config is None:
-        raise ConfigError("this recipe has no [base] section: set model.source to the model to convert")
+        raise ConfigError(
+            "this recipe has no [base] section to make: add one (preset = ... gives it a shape)"
+        )
     if config.continue_from:
         return train_on_corpus(recipe, config, "base", config.continue_from, output_dir)
     blank = run_step(

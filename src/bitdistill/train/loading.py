@@ -41,11 +41,11 @@ def load_model(source: str | Path, revision: str | None = None) -> PreTrainedMod
         )
     except Exception as error:  # a damaged config or weight file can fail in any way
         raise _refusal(source, "model", error) from error
-    _check_tensors(source, model, report)
+    _check_tensors(source, model, report, native)
     return make_native(model, quantization_of(config)) if native else model
 
 
-def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str, Any], native: bool) -> None:
     """Every tensor of the model came from the checkpoint, in its shape, and is finite."""
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
@@ -63,11 +63,12 @@ def _check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str,
             "or its tensors were renamed. Fetch or make it again"
         )
     unused = sorted(report["unexpected_keys"])
-    if unused and hasattr(model.config, "ternary"):
-        # Another layout of norms in config.json would drop trained gains without a word.
+    ternary = "quantised online" if native else getattr(model.config, "ternary", None)
+    if unused and ternary:
+        # Another layout of norms, or scales of trits, would be dropped without a word.
         raise CheckpointError(
-            f"{source}: {unused[0]} has no place in the student that config.json describes (ternary = "
-            f"{model.config.ternary}); the two files do not belong together. Fetch or make the checkpoint again"
+            f"{source}: {unused[0]} has no place in the model that config.json describes (ternary = {ternary}); "
+            "the two files do not belong together. Fetch or make the checkpoint again"
         )
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
