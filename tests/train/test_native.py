@@ -229,7 +229,7 @@ def test_a_native_model_is_fine_tuned_evaluated_and_inspected_as_a_student(cli, 
     assert json.loads((tmp_path / "eval.json").read_text())["items"] == 18
     assert cli("inspect", native, "--json", tmp_path / "facts.json").status == 0
     facts = json.loads((tmp_path / "facts.json").read_text())
-    assert facts["ternary_linears"] == LINEARS
+    assert (facts["ternary_linears"], facts["sub_norms"]) == (LINEARS, 4)
     weights = [m.weight.numel() for m in stock(native).modules() if isinstance(m, AutoBitLinear)]
     assert facts["ternary_parameters"] == sum(weights)
     weight_stats = json.loads((native / "weights.json").read_text())
