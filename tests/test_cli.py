@@ -15,8 +15,8 @@ from bitdistill.errors import CheckpointError
 from bitdistill.train import inspection, loading, stage3_distill
 
 VERBS = {
-    "demo", "run", "refine", "pretrain", "sft", "distill", "eval", "lm-eval", "inspect", "export", "report", "generate",
-    "chat", "bench",
+    "demo", "run", "base", "refine", "pretrain", "sft", "distill", "eval", "lm-eval", "inspect", "export", "report",
+    "generate", "chat", "bench",
 }  # fmt: skip
 
 

@@ -19,7 +19,8 @@ def fenced(language: str) -> list[str]:
 
 
 def test_the_example_recipe_is_a_valid_recipe():
-    (text,) = fenced("toml")
+    text, native = fenced("toml")
+    assert build_recipe(tomllib.loads(native)).base.ternary
     recipe = build_recipe(tomllib.loads(text))
     assert recipe.task.labels == (" no", " yes")
     assert recipe.run.learning_rates == (5e-6, 2e-5, 5e-5)

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from bitdistill.config import METHODS, Recipe, SftConfig
 from bitdistill.errors import BitDistillError, ConfigError
@@ -204,6 +205,72 @@ def test_a_preset_can_be_chosen_by_an_override():
     recipe = build("distill.preset=authors", distill={"preset": "paper", "lambda_logits": 2.0})
     assert recipe.distill.relation_form == "cosine"
     assert recipe.distill.lambda_logits == 2.0
+
+
+def test_the_preset_of_2b4t_is_the_published_model():
+    """Shape of microsoft/bitnet-b1.58-2B-4T: 2,412,820,480 parameters, head and embedding shared."""
+    from transformers import BitNetConfig, BitNetForCausalLM
+
+    base = build(base={"preset": "bitnet-2b4t"}).base
+    # transformers' defaults are that model's, but for the length and the tied head of its config.json.
+    published = BitNetConfig()
+    keys = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
+    assert {key: getattr(base, key) for key in keys} == {key: getattr(published, key) for key in keys}
+    assert (base.max_position_embeddings, base.tie_word_embeddings, base.head_dim) == (4096, True, 128)
+    assert (base.architecture, base.ternary) == ("bitnet", True)
+    assert (base.schedule, base.weight_decay_schedule, base.weight_decay) == (
+        "two_stage_cosine",
+        "cosine_then_zero",
+        0.1,
+    )
+    shape = {key: getattr(base, key) for key in (*keys, "head_dim", "tie_word_embeddings")}
+    with torch.device("meta"):
+        model = BitNetForCausalLM(BitNetConfig(**shape))
+    assert sum(p.numel() for p in model.parameters()) == 2_412_820_480
+
+
+@pytest.mark.parametrize(
+    ("preset", "millions", "peaks"),
+    # Parameters outside the embedding: 4 h^2 of attention and 3 h f of the gated layer, times the layers.
+    [
+        ("bitnet-700m", 24 * (4 * 1536**2 + 3 * 1536 * 4096) / 1e6, (1.5e-3, 1e-3)),
+        ("bitnet-1.3b", 24 * (4 * 2048**2 + 3 * 2048 * 5460) / 1e6, (1.2e-3, 8e-4)),
+        ("bitnet-3b", 26 * (4 * 3200**2 + 3 * 3200 * 8640) / 1e6, (1.2e-3, 8e-4)),
+        ("bitnet-5m", 5, (3e-3, 2e-3)),
+        ("bitnet-1.5m", 1.5, (4e-3, 8e-3 / 3)),
+    ],
+)
+def test_presets_of_native_models_have_the_size_and_the_rates_they_are_named_for(preset, millions, peaks):
+    base = build(base={"preset": preset}).base
+    attention = 2 * base.hidden_size * base.head_dim * (base.num_attention_heads + base.num_key_value_heads)
+    layer = attention + 3 * base.hidden_size * base.intermediate_size
+    assert base.num_hidden_layers * layer / 1e6 == pytest.approx(millions, rel=0.1)
+    assert (base.learning_rate, base.learning_rate * base.two_stage_drop) == pytest.approx(peaks)
+    assert (base.schedule, base.weight_decay, base.weight_decay_schedule) == (
+        "two_stage",
+        0.1,
+        "half_then_zero",
+    )
+
+
+def test_keys_beside_a_preset_of_the_base_win_and_leave_nothing_unused():
+    base = build("base.learning_rate=1", base={"preset": "bitnet-5m", "schedule": "cosine"}).base
+    assert (base.learning_rate, base.schedule, base.two_stage_drop, base.hidden_size) == (
+        1.0,
+        "cosine",
+        0.5,
+        256,
+    )
+    assert build(base={"preset": "bitnet-5m", "tokenizer": "x"}).base.hidden_size == 256
+    with pytest.raises(ConfigError, match=r"base.preset = 'bitnet': use one of bitnet-2b4t"):
+        build(base={"preset": "bitnet"})
 
 
 @pytest.mark.parametrize("preset", ["official", 3, ["paper"]])

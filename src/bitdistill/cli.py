@@ -5,6 +5,7 @@ Modules that need torch are imported inside the commands, so that ``--help`` ans
 
 import errno
 import logging
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from rich.logging import RichHandler
 
 from . import __version__, cli_engine, cli_eval, cli_plan
 from .cli_output import JsonFile, Overrides, RecipeFile, console, load, stderr, write_json_to
-from .errors import BitDistillError, ConfigError
+from .errors import BitDistillError
 
 if TYPE_CHECKING:
     from .config import Recipe
@@ -144,27 +145,35 @@ def refine(
 
 
 @app.command()
-def pretrain(
+def base(
     recipe: RecipeFile,
-    output: Output,
-    source: Annotated[
-        str, typer.Option(help="Checkpoint folder or hub id; without it the recipe's [base] is made.")
-    ] = "",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder of the new checkpoint; `base` in the run's folder if not given."),
+    ] = None,
     set_: Overrides = None,
     json_path: JsonFile = None,
 ) -> None:
-    """Stage 2: continue the pre-training of a checkpoint on the recipe's corpus; or make the recipe's base."""
-    from .train import base, stage2_pretrain
+    """Pre-train the recipe's [base] from scratch, in full precision or as a native BitNet b1.58."""
+    from .train import base as base_step
 
     config = load(recipe, set_)
-    if not source and config.base is None:
-        raise ConfigError(
-            "--source is missing: name the checkpoint to continue (this recipe has no [base] to make)"
-        )
-    if source:
-        _step(stage2_pretrain.run, config, source, output, json_path)
-    else:
-        _step(lambda r, _, folder: base.run(r, folder), config, source, output, json_path)
+    folder = output or config.run_dir / "base"
+    _step(lambda r, _, folder: base_step.run(r, folder), config, "", folder, json_path)
+
+
+@app.command()
+def pretrain(
+    recipe: RecipeFile,
+    source: Source,
+    output: Output,
+    set_: Overrides = None,
+    json_path: JsonFile = None,
+) -> None:
+    """Stage 2: continue the pre-training of a checkpoint on the recipe's corpus."""
+    from .train import stage2_pretrain
+
+    _step(stage2_pretrain.run, load(recipe, set_), source, output, json_path)
 
 
 @app.command()
@@ -249,7 +258,7 @@ def report(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo.")],
     json_path: JsonFile = None,
 ) -> None:
-    """Write report.html and report.md of a run."""
+    """Write report.html and report.md of a run, or of the models pre-trained in a folder, side by side."""
     from .report.write import write_report
 
     paths = [str(path) for path in write_report(run_dir)]
@@ -274,8 +283,11 @@ def _step(
     finished = step(recipe, source, output)
     if not _is_first_process():
         return
-    console.print(f"{finished}: done", highlight=False, soft_wrap=True)
-    write_json_to(json_path, read_run(finished))
+    record = read_run(finished)
+    heldout = record["metrics"].get("heldout/loss")
+    perplexity = "" if heldout is None else f", held-out perplexity {math.exp(heldout):.2f}"
+    console.print(f"{finished}: done{perplexity}", highlight=False, soft_wrap=True)
+    write_json_to(json_path, record)
 
 
 def _run_recipe(recipe: "Recipe", json_path: Path | None, *, deploy: bool = False) -> None:

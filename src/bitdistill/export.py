@@ -132,9 +132,11 @@ def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
             "(bitdistill eval, or AutoModelForSequenceClassification and trust_remote_code=True)"
         )
     if not any(ternary_of(m) is not None for m in model.modules() if isinstance(m, nn.Linear)):
+        remedy = "Make a student of it first: bitdistill refine"
+        if model_type == "bitnet":
+            remedy = "It is the full-precision twin of a native BitNet: export that one"
         raise CheckpointError(
-            f"{source} is not a ternary model (model_type {model_type!r}); export takes {known}. "
-            "Make a student of it first: bitdistill refine"
+            f"{source} is not a ternary model (model_type {model_type!r}); export takes {known}. {remedy}"
         )
     if model_type not in FAMILIES:
         raise CheckpointError(
@@ -165,14 +167,12 @@ def ternary_of(module: nn.Linear) -> Ternary | None:
     if isinstance(module, BitLinear):
         spec = module.spec
         block = spec.block_size if spec.granularity == "block" else None
-        return Ternary(*ternarize(weight, spec.granularity, spec.block_size), block)
+        return Ternary(*module.ternarized(), block)
     if type(module).__name__ != "AutoBitLinear":
         return None
     if not module.online_quant:  # trits already, times a scale
         return Ternary(weight.float(), module.weight_scale.float().reshape(1, 1), None)
-    # transformers multiplies by the rounded reciprocal: ties fall as they do there.
-    factor = 1.0 / weight.float().abs().mean().clamp(min=1e-5)
-    return Ternary((weight.float() * factor).round().clamp(-1, 1), (1.0 / factor).reshape(1, 1), None)
+    return Ternary(*ternarize(weight, rounding="multiply"), None)
 
 
 def packed_tensors(model: PreTrainedModel, head: Form, embedding: Form) -> list[PackedTensor]:
@@ -248,7 +248,7 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
         "granularity": granularity,
         "block_size": specs[0].block_size if granularity == "block" else None,
         "activation_bits": 8,
-        "activation_rounding": "divide" if specs else "multiply",
+        "activation_rounding": specs[0].rounding if specs else "multiply",
     }
     return config
 

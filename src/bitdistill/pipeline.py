@@ -157,6 +157,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if teacher is not None and distills:
         # before hours of training that would lack it
         teacher_config = load_config(teacher, recipe.distill.teacher_revision)
+    check_base(recipe)
     source = model_source(recipe)
     if any(not m.name.startswith("fp16") for m in methods):
         check_family(source, recipe.revision_of(source))  # before hours of training that could not be used
@@ -193,6 +194,17 @@ def _stored_result(path: Path, recipe: Recipe) -> dict[str, Any]:
         return stored if stored["meta"]["recipe"] == to_dict(recipe) else {}
     except (OSError, ValueError, LookupError, TypeError):  # none yet, or damaged: it is written anew
         return {}
+
+
+def check_base(recipe: Recipe) -> None:
+    """A base that no method could start from is not made first."""
+    if recipe.base is not None and recipe.base.architecture == "bitnet":
+        raise ConfigError(
+            'base.architecture = "bitnet": run compares what becomes of a base that is converted, and a BitNet is not. '
+            "Make it with bitdistill base, then fine-tune it with bitdistill sft"
+        )
+    if recipe.base is not None and recipe.base.continue_from:
+        check_family(recipe.base.continue_from)
 
 
 def model_source(recipe: Recipe) -> str | Path:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from .config import KD_KEYS, Recipe
+from .config.presets import BASE_PRESETS, with_base_preset
 from .errors import ConfigError
 
 DISTILL_PRESETS: dict[str, dict[str, Any]] = {
@@ -136,6 +137,12 @@ def build_recipe(
         switched_off = {key for weight, keys in KD_KEYS.items() if distill.get(weight) == 0 for key in keys}
         kept = {key: value for key, value in DISTILL_PRESETS[preset].items() if key not in switched_off}
         document["distill"] = kept | distill
+    base = document.get("base")
+    if isinstance(base, dict) and "preset" in base:
+        preset = base.pop("preset")
+        if not isinstance(preset, str) or preset not in BASE_PRESETS:
+            raise ConfigError(f"base.preset = {preset!r}: use one of {', '.join(BASE_PRESETS)}")
+        document["base"] = with_base_preset(base, preset)
     return typing.cast("Recipe", _build(Recipe, document, prefix=""))
 
 

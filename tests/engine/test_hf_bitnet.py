@@ -9,13 +9,12 @@ import pytest
 import torch
 from parity import differing_codes, differing_trits, torch_codes
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.integrations.bitnet import pack_weights
 
 from bitdistill import Engine
 from bitdistill.export import export
 from bitdistill.model.quant import ternarize
-from bitdistill.train.loading import load_model
 
 TEXT = "the soup was cold and the host seemed very tired of the room"
 
@@ -51,7 +50,7 @@ def test_a_hugging_face_bitnet_is_exported_and_runs_as_in_transformers(
     source = save_bitnet(tmp_path / "bitnet", bitnet, tokenizer, mode)
     export(source, tmp_path / "packed", head="f32")
     engine = Engine(tmp_path / "packed", kv_cache="fp32")
-    model = load_model(source).eval()
+    model = AutoModelForCausalLM.from_pretrained(source).eval()
     assert differing_trits(model, tmp_path / "packed") == 0
     ids = list(tokenizer(TEXT)["input_ids"])
     got, taps = engine.session().forward_tapped(np.array(ids, np.int32))

@@ -340,6 +340,32 @@ def test_lambda_between_mixes_latent_and_quantised_values(quant_lambda):
     torch.testing.assert_close(actual.double(), mixed, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_multiply_is_transformers_bitnet_to_the_last_bit(dtype):
+    from transformers.integrations.bitnet import ActQuant, WeightQuant
+
+    def unlike(ours: torch.Tensor, theirs: torch.Tensor) -> int:
+        return int((ours != theirs).sum())
+
+    differs_from_divide = 0
+    with torch.compiler.set_stance("force_eager"):
+        for size in (1, 7, 64, 300):
+            # Whole numbers make ties; rows of zeros and tiny values meet the floor.
+            for x in (
+                torch.randn(96, size),
+                torch.randint(-300, 300, (96, size)).float(),
+                torch.zeros(2, size),
+            ):
+                x = x.to(dtype)
+                assert unlike(fake_quantize_weight(x, rounding="multiply"), WeightQuant.apply(x)) == 0
+                ours = fake_quantize_activation(x, rounding="multiply")
+                assert unlike(ours, ActQuant.apply(x)) == 0
+                differs_from_divide += unlike(ours, fake_quantize_activation(x))
+                code, scale = ternarize(x, rounding="multiply")
+                assert unlike((code * scale).to(dtype), WeightQuant.apply(x)) == 0
+    assert differs_from_divide > 0
+
+
 def test_fake_quantised_values_keep_the_input_dtype():
     latent = torch.randn(4, 20).bfloat16()
     code, scale = ternarize(latent)

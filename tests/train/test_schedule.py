@@ -59,15 +59,53 @@ def test_two_stage_is_linear_and_drops_by_its_factor_in_the_middle():
     assert factor[50] == pytest.approx(0.2)
 
 
+@pytest.mark.parametrize("schedule", ["two_stage", "two_stage_cosine"])
+def test_learning_rate_and_weight_decay_change_at_the_same_step_whatever_the_warm_up(schedule):
+    for warmup_ratio, total in ((0.0, 40), (0.1, 40), (0.25, 41)):
+        config = TrainingConfig(
+            schedule=schedule,
+            two_stage_drop=0.25,
+            warmup_ratio=warmup_ratio,
+            weight_decay=0.1,
+            weight_decay_schedule="half_then_zero",
+        )
+        rates = [learning_rate_factor(config, step, total) for step in range(total)]
+        falls = [before - after for before, after in itertools.pairwise(rates)]
+        drop = falls.index(max(falls)) + 1
+        assert drop == math.ceil(total / 2)
+        decays = [weight_decay_at(config, step, total) for step in range(total)]
+        assert decays == [0.1] * drop + [0.0] * (total - drop)
+
+
+def test_two_stage_cosine_leaves_one_cosine_in_the_middle_for_a_lower_one():
+    factor = factors(schedule="two_stage_cosine", warmup_ratio=0.0, two_stage_drop=0.3)
+    # The first would end at 0 after 100 steps: at 25 it is at cos^2(pi / 8). The second takes 50 steps from 0.3 to 0.
+    assert factor[0] == 1.0
+    assert factor[25] == pytest.approx(math.cos(math.pi / 8) ** 2)
+    assert factor[49] == pytest.approx(math.cos(math.pi * 49 / 200) ** 2)
+    assert factor[50] == pytest.approx(0.3)
+    assert factor[75] == pytest.approx(0.15)
+    assert factor[100] == pytest.approx(0.0, abs=1e-15)
+
+
+def test_weight_decay_follows_a_cosine_to_the_middle_and_is_gone_after_it():
+    config = TrainingConfig(weight_decay=0.1, weight_decay_schedule="cosine_then_zero")
+    decays = [weight_decay_at(config, step, 12) for step in range(12)]
+    assert decays[:5] == pytest.approx([0.1 * math.cos(math.pi * step / 24) ** 2 for step in range(5)])
+    assert decays[4] == pytest.approx(0.075)
+    assert decays[6:] == [0.0] * 6
+
+
 def test_two_stage_without_a_drop_is_linear():
     two_stage = factors(schedule="two_stage", two_stage_drop=1.0)
     assert two_stage == factors(schedule="linear")
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "two_stage"])
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "two_stage", "two_stage_cosine"])
 def test_decay_never_rises_and_a_step_past_the_end_is_zero(schedule):
-    config = TrainingConfig(schedule=schedule, warmup_ratio=0.1)
-    factor = factors(schedule=schedule, warmup_ratio=0.1)
+    settings = {"two_stage_drop": 0.4} if schedule.startswith("two_stage") else {}
+    config = TrainingConfig(schedule=schedule, warmup_ratio=0.1, **settings)
+    factor = factors(schedule=schedule, warmup_ratio=0.1, **settings)
     assert all(later <= earlier for earlier, later in itertools.pairwise(factor[10:]))
     assert learning_rate_factor(config, TOTAL + 7, TOTAL) == pytest.approx(0.0, abs=1e-15)
 

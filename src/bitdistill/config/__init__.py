@@ -4,16 +4,18 @@ from .checks import LARGEST_SIZE
 from .data import TASK_KINDS, CorpusConfig, ModelConfig, TaskConfig
 from .run import ABLATIONS, METHODS, Recipe, RunConfig
 from .stages import KD_KEYS, DistillConfig, PretrainConfig, RefineConfig, SftConfig
-from .training import BaseConfig, TrainingConfig
+from .training import SHAPE, BaseConfig, CorpusTrainingConfig, TrainingConfig
 
 __all__ = [
     "ABLATIONS",
     "KD_KEYS",
     "LARGEST_SIZE",
     "METHODS",
+    "SHAPE",
     "TASK_KINDS",
     "BaseConfig",
     "CorpusConfig",
+    "CorpusTrainingConfig",
     "DistillConfig",
     "ModelConfig",
     "PretrainConfig",

@@ -89,6 +89,14 @@ class Recipe:
             self.task.columns,
             "the model of [base] is a decoder, which reads a prompt; write task.template",
         )
+        if self.base and not self.base.continue_from:
+            check(
+                self.corpus.sequence_length <= self.base.max_position_embeddings,
+                "corpus.sequence_length",
+                self.corpus.sequence_length,
+                f"base.max_position_embeddings = {self.base.max_position_embeddings} is the longest; raise it, or use "
+                "shorter sequences",
+            )
 
     @property
     def run_dir(self) -> Path:

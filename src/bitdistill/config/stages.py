@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from .checks import check, check_unused
-from .training import TrainingConfig
+from .training import CorpusTrainingConfig, TrainingConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +49,8 @@ class RefineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(TrainingConfig):
+class PretrainConfig(CorpusTrainingConfig):
     """Stage 2: continued pre-training on general text."""
-
-    tokens: int = 1_000_000
-    """Training budget in tokens; the corpus is repeated if it holds fewer."""
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check(self.tokens >= 1, "pretrain.tokens", self.tokens, "give a positive training budget in tokens")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,16 +19,18 @@ class TrainingConfig:
     the two and the processes that it began with."""
     gradient_checkpointing: bool = False
     """Keep the input of each layer alone and compute the layer again in the backward pass: less memory, same result."""
-    schedule: Literal["cosine", "linear", "two_stage", "constant"] = "cosine"
-    """``two_stage``: linear decay, dropped halfway to ``two_stage_drop`` of its line (b1.58 training tips)."""
+    schedule: Literal["cosine", "linear", "two_stage", "two_stage_cosine", "constant"] = "cosine"
+    """``two_stage``: linear decay, its line multiplied by ``two_stage_drop`` from the middle on (b1.58 training tips);
+    ``two_stage_cosine``: a cosine, left in the middle for one from ``two_stage_drop`` of the peak (2B4T)."""
     two_stage_drop: float = 0.5
-    """Factor on the learning rate in the second half of ``two_stage``."""
+    """The lower peak of a two-stage schedule as a share of the higher."""
     warmup_ratio: float = 0.05
     """Share of the steps with linear warm-up."""
     weight_decay: float = 0.01
     """Decoupled weight decay on matrices; norms and biases have none."""
-    weight_decay_schedule: Literal["constant", "half_then_zero"] = "constant"
-    """``half_then_zero`` switches weight decay off in the second half (b1.58 training tips)."""
+    weight_decay_schedule: Literal["constant", "half_then_zero", "cosine_then_zero"] = "constant"
+    """``half_then_zero`` switches weight decay off in the second half (b1.58 training tips); ``cosine_then_zero`` lets
+    it fall along a cosine before (2B4T)."""
     max_grad_norm: float = 1.0
     """Gradient clipping by global norm; 0 disables it."""
     adam_beta2: float = 0.95
@@ -68,18 +70,73 @@ class TrainingConfig:
             "use (0, 1]",
         )
         check(0 < self.adam_beta2 < 1, f"{section}.adam_beta2", self.adam_beta2, "use (0, 1)")
-        if self.schedule != "two_stage":
+        if not self.schedule.startswith("two_stage"):
             check_unused(self, section, ("two_stage_drop",), 'set schedule = "two_stage"')
+        else:
+            check(
+                self.warmup_ratio < 0.5,
+                f"{section}.warmup_ratio",
+                self.warmup_ratio,
+                "the learning rate drops in the middle of the run; use less than 0.5",
+            )
+        check(
+            self.schedule != "two_stage_cosine" or self.two_stage_drop < 0.5,
+            f"{section}.two_stage_drop",
+            self.two_stage_drop,
+            "the first cosine is at half of its peak in the middle; use less than 0.5, so that there is a drop",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseConfig(TrainingConfig):
-    """A full-precision Qwen3-architecture base made from scratch, where no trained one can be had."""
+class CorpusTrainingConfig(TrainingConfig):
+    """Language modelling on the corpus: stage 2 and the base."""
 
+    tokens: int = 1_000_000
+    """Training budget in tokens; the corpus is repeated if it holds fewer."""
+    eval_every: int = 0
+    """Optimizer steps between held-out losses in metrics.jsonl (the last step has one too); 0 computes none."""
+    eval_sequences: int = 128
+    """Held-out sequences of such a loss, spread evenly over the held-out part."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        section = type(self).__name__.removesuffix("Config").lower()
+        check(self.tokens >= 1, f"{section}.tokens", self.tokens, "give a positive training budget in tokens")
+        check(self.eval_every >= 0, f"{section}.eval_every", self.eval_every, "use 0 or more")
+        check(self.eval_sequences >= 1, f"{section}.eval_sequences", self.eval_sequences, "use at least 1")
+        if not self.eval_every:
+            check_unused(self, section, ("eval_sequences",), "set eval_every")
+
+
+_SIZES = (
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+SHAPE = ("architecture", "tokenizer", "vocab_size", *_SIZES, "tie_word_embeddings", "initializer_range")
+"""Keys of ``[base]`` that decide the untrained model."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseConfig(CorpusTrainingConfig):
+    """A base made from scratch: full precision, where no trained one can be had, or a native BitNet b1.58."""
+
+    architecture: Literal["qwen3", "llama", "bitnet"] = "qwen3"
+    """``bitnet``: SubLN, squared ReLU and no biases, as BitNet b1.58 2B4T (Hugging Face's ``BitNetForCausalLM``)."""
+    ternary: bool | None = None
+    """Train with ternary linears, which only ``bitnet`` is built for and does unless this is false: false makes its
+    full-precision twin, with the same initial weights and the same order of tokens."""
     continue_from: str = ""
     """Checkpoint of an earlier base to go on from, on the same part of the corpus; empty starts from random weights."""
     tokens: int = 10_000_000
-    """Training budget in tokens."""
+    """Training budget in tokens; the corpus is repeated if it holds fewer."""
+    tokenizer: str = ""
+    """Folder or hub id of the tokenizer; empty trains one on the base part of the corpus."""
     vocab_size: int = 8192
     """Entries of the byte-level BPE tokenizer trained on the corpus."""
     hidden_size: int = 256
@@ -93,7 +150,9 @@ class BaseConfig(TrainingConfig):
     num_key_value_heads: int = 4
     """Key and value heads (grouped-query attention)."""
     head_dim: int = 32
-    """Width of one head; heads x head_dim need not equal hidden_size."""
+    """Width of one head; heads x head_dim need not equal hidden_size, but for ``bitnet``."""
+    max_position_embeddings: int = 2048
+    """Longest sequence, in tokens."""
     tie_word_embeddings: bool = True
     """Share the embedding with the output head."""
     initializer_range: float = 0.02
@@ -101,7 +160,16 @@ class BaseConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check(self.tokens >= 1, "base.tokens", self.tokens, "give a positive training budget in tokens")
+        if self.ternary is None and not self.continue_from:
+            object.__setattr__(
+                self, "ternary", self.architecture == "bitnet"
+            )  # what is recorded is what was run
+        check(
+            not self.ternary or self.architecture == "bitnet",
+            "base.ternary",
+            self.ternary,
+            'only architecture = "bitnet" has the norms for it; another base turns ternary by bitdistill refine',
+        )
         check(
             self.vocab_size >= 260,
             "base.vocab_size",
@@ -114,9 +182,7 @@ class BaseConfig(TrainingConfig):
             self.initializer_range,
             "use a positive number",
         )
-        layers = ("hidden_size", "intermediate_size", "num_hidden_layers")
-        sizes = (*layers, "num_attention_heads", "num_key_value_heads", "head_dim")
-        for key in ("vocab_size", *sizes):
+        for key in ("vocab_size", *_SIZES):
             size = getattr(self, key)
             check(
                 1 <= size < LARGEST_SIZE,
@@ -125,13 +191,20 @@ class BaseConfig(TrainingConfig):
                 f"use a whole number from 1 to {LARGEST_SIZE - 1}",
             )
         if self.continue_from:
-            shape = ("vocab_size", *sizes, "tie_word_embeddings", "initializer_range")
-            check_unused(
-                self, "base", shape, "the checkpoint of base.continue_from has its own; leave it out"
-            )
+            remedy = "the checkpoint of base.continue_from has its own; leave it out"
+            check_unused(self, "base", ("ternary", *SHAPE), remedy)
+        elif self.tokenizer:
+            check_unused(self, "base", ("vocab_size",), "the tokenizer of base.tokenizer has its own")
         check(
             self.num_attention_heads % self.num_key_value_heads == 0,
             "base.num_key_value_heads",
             self.num_key_value_heads,
             f"it must divide num_attention_heads = {self.num_attention_heads}",
+        )
+        check(
+            self.architecture != "bitnet" or self.num_attention_heads * self.head_dim == self.hidden_size,
+            "base.head_dim",
+            self.head_dim,
+            f'architecture = "bitnet" needs num_attention_heads x head_dim = hidden_size ({self.num_attention_heads} x '
+            f"{self.head_dim} is not {self.hidden_size})",
         )

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .quant import Granularity, fake_quantize_activation, fake_quantize_weight
+from .quant import Granularity, Rounding, fake_quantize_activation, fake_quantize_weight, ternarize
 
 NORM_SITES = ("none", "subln", "all")
 GRANULARITIES = ("tensor", "channel", "block")
 ACTIVATION_BITS = (4, 8, 16)
+ROUNDINGS = ("divide", "multiply")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,12 +34,15 @@ class TernarySpec:
     """8 (absmax INT8), 4 (absmean INT4) or 16 (activations left alone)."""
     skip: tuple[str, ...] = ()
     """Glob patterns of linears that stay full precision."""
+    rounding: Rounding = "divide"
+    """How ties fall: as in the papers' formulas, or (``multiply``, of 8 bits) as in Hugging Face's BitNet."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
             ("norm_sites", self.norm_sites, NORM_SITES),
             ("granularity", self.granularity, GRANULARITIES),
             ("activation_bits", self.activation_bits, ACTIVATION_BITS),
+            ("rounding", self.rounding, ROUNDINGS),
         ):
             if value not in allowed:
                 raise ValueError(f"ternary.{name} = {value!r}: use one of {', '.join(map(str, allowed))}")
@@ -92,13 +96,20 @@ class BitLinear(nn.Linear):
         self.quant_lambda = 1.0
         self.norm = SubLN(in_features, norm_eps).to(device=device) if norm_eps is not None else None
 
+    def ternarized(self) -> tuple[Tensor, Tensor]:
+        """Codes ``[N, K]`` and scale of the latent weight, as the forward pass has them; see ``ternarize``."""
+        spec = self.spec
+        return ternarize(self.weight.detach(), spec.granularity, spec.block_size, spec.rounding)
+
     def forward(self, x: Tensor) -> Tensor:
         quant_lambda = self.quant_lambda if self.training else 1.0
         if self.norm is not None:
             x = self.norm(x)
         if self.spec.activation_bits < 16:
-            x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda)
-        weight = fake_quantize_weight(self.weight, self.spec.granularity, self.spec.block_size, quant_lambda)
+            x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda, self.spec.rounding)
+        weight = fake_quantize_weight(
+            self.weight, self.spec.granularity, self.spec.block_size, quant_lambda, self.spec.rounding
+        )
         return F.linear(x, weight, self.bias)
 
     def extra_repr(self) -> str:

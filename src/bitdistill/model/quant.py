@@ -8,7 +8,9 @@ absmean weights   (b1.58, eq. 1-3)  scale = mean|W|,     code = clip(round(W / s
 absmax INT8       (b1.58, eq. 4)    scale = max|x| / 127, code = clip(round(x / scale), -128, 127)
 absmean INT4      (BitNet v2, eq. 5) scale = mean|x| / sqrt(7), code = clip(round(x / scale), -8, 7)
 
-``round`` is to nearest, ties to even: a weight of exactly half the scale becomes 0.
+``round`` is to nearest, ties to even: a weight of exactly half the scale becomes 0. The codes above are those of
+``rounding = "divide"``. ``"multiply"`` is Hugging Face's BitNet to the last bit: round(x * (1 / scale)), with the
+reciprocal rounded first; the two differ in ties only.
 """
 
 import math
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 Granularity = Literal["tensor", "channel", "block"]
+Rounding = Literal["divide", "multiply"]
 
 # Floor of mean|W| and max|x|. The papers add an unstated epsilon; every public implementation clamps at
 # 1e-5, and an all-zero row must give zero codes rather than NaN.
@@ -61,7 +64,10 @@ def expand_scale(scale: Tensor, in_features: int, block_size: int) -> Tensor:
 
 
 def ternarize(
-    latent: Tensor, granularity: Granularity = "tensor", block_size: int = 128
+    latent: Tensor,
+    granularity: Granularity = "tensor",
+    block_size: int = 128,
+    rounding: Rounding = "divide",
 ) -> tuple[Tensor, Tensor]:
     """Absmean ternary codes of a weight matrix (b1.58, eq. 1-3).
 
@@ -69,6 +75,10 @@ def ternarize(
         code ``[N, K]`` fp32 holding -1, 0 or +1, and the scale as ``weight_scale`` shapes it.
     """
     scale = weight_scale(latent, granularity, block_size)
+    if rounding == "multiply":
+        factor = 1.0 / scale
+        code = (latent.float() * expand_scale(factor, latent.shape[1], block_size)).round().clamp(-1, 1)
+        return code, 1.0 / factor
     code = (latent.float() / expand_scale(scale, latent.shape[1], block_size)).round().clamp(-1, 1)
     return code, scale
 
@@ -116,6 +126,7 @@ def fake_quantize_weight(
     granularity: Granularity = "tensor",
     block_size: int = 128,
     quant_lambda: float = 1.0,
+    rounding: Rounding = "divide",
 ) -> Tensor:
     """``code * scale`` of a latent weight ``[N, K]``, straight-through, in the latent's dtype.
 
@@ -123,18 +134,27 @@ def fake_quantize_weight(
     Hugging Face 1.58-bit recipe. At 1 the result is exactly ``code * scale``.
     """
     with torch.no_grad():
-        code, scale = ternarize(latent, granularity, block_size)
+        code, scale = ternarize(latent, granularity, block_size, rounding)
         quantized = (code * expand_scale(scale, latent.shape[1], block_size)).to(latent.dtype)
         if quant_lambda != 1.0:
             quantized = torch.lerp(latent, quantized, quant_lambda)
     return straight_through(latent, quantized)
 
 
-def fake_quantize_activation(x: Tensor, bits: int = 8, quant_lambda: float = 1.0) -> Tensor:
-    """``code * scale`` of activations ``[..., K]``, per token, straight-through, in the input's dtype."""
+def fake_quantize_activation(
+    x: Tensor, bits: int = 8, quant_lambda: float = 1.0, rounding: Rounding = "divide"
+) -> Tensor:
+    """``code * scale`` of activations ``[..., K]``, per token, straight-through, in the input's dtype.
+
+    ``rounding`` concerns 8 bits; codes of 4 bits are always those of ``divide``.
+    """
     with torch.no_grad():
-        code, scale = quantize_int8(x) if bits == 8 else quantize_int4(x)
-        quantized = (code * scale).to(x.dtype)
+        if bits == 8 and rounding == "multiply":
+            factor = 127 / x.float().abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
+            quantized = ((x.float() * factor).round().clamp(-128, 127) / factor).to(x.dtype)
+        else:
+            code, scale = quantize_int8(x) if bits == 8 else quantize_int4(x)
+            quantized = (code * scale).to(x.dtype)
         if quant_lambda != 1.0:
             quantized = torch.lerp(x, quantized, quant_lambda)
     return straight_through(x, quantized)

@@ -7,7 +7,7 @@ from typing import Literal
 from ..checkpoint import RUN_FILE
 from ..config import BaseConfig, DistillConfig, PretrainConfig, Recipe, SftConfig
 from ..model import TernarySpec
-from ..pipeline import Method, StepRun, ordered_methods
+from ..pipeline import Method, StepRun, check_base, ordered_methods
 from ..train import sft, stage1_refine, stage2_pretrain, stage3_distill
 from ..train.stage1_refine import ternary_spec
 
@@ -37,7 +37,12 @@ class PlannedStep:
 
 
 def planned_steps(recipe: Recipe) -> list[PlannedStep]:
-    """Every step of ``bitdistill run``; one that methods share comes once."""
+    """Every step of ``bitdistill run``; one that methods share comes once.
+
+    Raises:
+        ConfigError: ``run`` would refuse the ``[base]``.
+    """
+    check_base(recipe)
     found: dict[str, PlannedStep] = {}
     for step in _steps(recipe):
         found.setdefault(step.folder, step)

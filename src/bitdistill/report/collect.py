@@ -13,7 +13,7 @@ from typing import Any
 from ..checkpoint import RUN_FILE
 from ..errors import CheckpointError
 from .records import Method, RunReport, StepRecord, Weights, clean, number
-from .words import metric_name
+from .words import is_base, metric_name
 
 RESULT_FILE = "result.json"
 BASE_STEP = "base"
@@ -56,6 +56,15 @@ def collect(run_dir: Path) -> RunReport:
         steps=_steps(Path(run_dir), methods, notes),
         notes=notes,
     )
+
+
+def collect_pretraining(run_dir: Path) -> tuple[list[StepRecord], list[str]]:
+    """Models pre-trained from scratch directly in a run folder, finished or not, by name; and what was damaged."""
+    notes: list[str] = []
+    files = _Files(run_dir, notes)
+    names = sorted(path.parent.name for path in run_dir.glob(f"*/{RUN_FILE}"))
+    steps = [_step(files, name, None, (), None) for name in names]
+    return [step for step in steps if is_base(step) and step.log], notes
 
 
 def _damaged(path: Path, what: str) -> CheckpointError:

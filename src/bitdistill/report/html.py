@@ -58,33 +58,37 @@ HISTOGRAMS = (
 
 def render_html(report: RunReport) -> str:
     """The whole page; it is well-formed XML too."""
-    name = _e(report.name)
     recipe = report.meta.get("recipe")
-    details = facts(report)
-    headline = ", ".join(f"{key.lower()} {value}" for key, value in details[:4])
+    known = facts(report)
+    headline = ", ".join(f"{key.lower()} {value}" for key, value in known[:4])
     optional = [table for table in (metrics_table(report), grid_table(report)) if table]
     body = [
-        f"<h1>{name}</h1>",
-        f'<p class="quiet">bitdistill report · {_e(headline)}</p>',
         f'<p class="summary">{_e(summary(report))}</p>',
-        _section(accuracy_table(report), accuracy_chart(report)),
-        *map(_section, optional),
-        _section(weights_table(report)),
-        _section(steps_table(report)),
+        section(accuracy_table(report), accuracy_chart(report)),
+        *map(section, optional),
+        section(weights_table(report)),
+        section(steps_table(report)),
         "<h2>Curves and weights</h2>",
         f'<p class="quiet">{HISTOGRAMS}</p>',
         *(_step(report, step) for step in report.steps),
         "<h2>Recipe</h2>",
-        _details("The resolved recipe", _json(recipe)) if recipe else f"<p>{MISSING.capitalize()}.</p>",
+        details("The resolved recipe", recipe) if recipe else f"<p>{MISSING.capitalize()}.</p>",
         "<h2>Where the numbers come from</h2>",
-        "<dl>" + "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>" for k, v in details) + "</dl>",
-        _notes(tuple(report.notes)),
+        "<dl>" + "".join(f"<dt>{_e(k)}</dt><dd>{_e(v)}</dd>" for k, v in known) + "</dl>",
+        notes(tuple(report.notes)),
     ]
+    return document(report.name, headline, body)
+
+
+def document(name: str, headline: str, body: list[str]) -> str:
+    """A page of a name, a line below it, and parts that are HTML."""
+    title = _e(name)
+    parts = [f"<h1>{title}</h1>", f'<p class="quiet">bitdistill report · {_e(headline)}</p>', *body]
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8"/>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1"/>\n'
-        f"<title>{name} - bitdistill report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
-        + "\n".join(part for part in body if part)
+        f"<title>{title} - bitdistill report</title>\n<style>{STYLE}</style>\n</head>\n<body>\n"
+        + "\n".join(part for part in parts if part)
         + "\n</body>\n</html>\n"
     )
 
@@ -93,14 +97,11 @@ def _e(value: object) -> str:
     return escape(clean(value))
 
 
-def _json(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False)
-
-
-def _section(table: Table, chart: Chart | None = None) -> str:
+def section(table: Table, chart: Chart | None = None) -> str:
+    """A heading, its table, and a chart below it."""
     rows = _table(table) if table.rows else ""
-    figure = f'<div class="wide">{_figure(chart)}</div>' if chart else ""
-    return f"<h2>{_e(table.title)}</h2>\n{rows}{_notes(table.notes)}{figure}"
+    drawn = f'<div class="wide">{figure(chart)}</div>' if chart else ""
+    return f"<h2>{_e(table.title)}</h2>\n{rows}{notes(table.notes)}{drawn}"
 
 
 def _table(table: Table) -> str:
@@ -119,21 +120,25 @@ def _table(table: Table) -> str:
     )
 
 
-def _notes(notes: tuple[str, ...]) -> str:
-    return f'<ul class="notes">{"".join(f"<li>{_e(note)}</li>" for note in notes)}</ul>\n' if notes else ""
+def notes(lines: tuple[str, ...]) -> str:
+    """Remarks below a table or a page."""
+    return f'<ul class="notes">{"".join(f"<li>{_e(note)}</li>" for note in lines)}</ul>\n' if lines else ""
 
 
-def _figure(chart: Chart) -> str:
+def figure(chart: Chart) -> str:
+    """A chart with its title."""
     return f"<figure><figcaption>{_e(chart.title)}</figcaption>{chart.svg}</figure>"
 
 
-def _details(title: str, text: str) -> str:
+def details(title: str, value: object) -> str:
+    """A text, or a JSON value, that opens on request."""
+    text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
     return f"<details><summary>{_e(title)}</summary><pre>{_e(text)}</pre></details>"
 
 
 def _step(report: RunReport, step: StepRecord) -> str:
     line = (stage_name(step), duration(step.time_s), f"used by {users(step, len(report.methods))}")
-    charts = step_charts(report, step)
+    charts = step_charts(step, report.step(step.parent))
     found = {"run.json": step.run, "loss curve": step.log, "weight histogram": step.weights}
     if step.stage == "stage1_refine":
         del found["loss curve"]  # surgery trains nothing
@@ -142,9 +147,9 @@ def _step(report: RunReport, step: StepRecord) -> str:
         f"<section>\n<h3>{_e(step.path)}</h3>",
         f'<p class="quiet">{_e(" · ".join(line))}</p>',
         f'<p class="quiet">{MISSING.capitalize()}: {absent}.</p>' if absent else "",
-        f'<div class="charts">{"".join(_figure(chart) for chart in charts)}</div>' if charts else "",
-        _details("What stage 1 changed", step.surgery) if step.surgery else "",
-        _details("Settings and metrics", _json(step.run)) if step.run else "",
+        f'<div class="charts">{"".join(figure(chart) for chart in charts)}</div>' if charts else "",
+        details("What stage 1 changed", step.surgery) if step.surgery else "",
+        details("Settings and metrics", step.run) if step.run else "",
         "</section>",
     ]
     return "\n".join(part for part in parts if part)

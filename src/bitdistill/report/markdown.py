@@ -17,40 +17,42 @@ def render_markdown(report: RunReport) -> str:
     recipe = report.meta.get("recipe")
     surgery = [(step.path, step.surgery) for step in report.steps if step.surgery]
     parts = [
-        f"# {_e(report.name)}",
-        _e(summary(report)),
-        *(_section(table) for table in tables if table),
-        *(f"## Surgery: {_e(path)}\n\n{_fence(text)}" for path, text in surgery),
+        f"# {escaped(report.name)}",
+        escaped(summary(report)),
+        *(table_section(table) for table in tables if table),
+        *(f"## Surgery: {escaped(path)}\n\n{fence(text)}" for path, text in surgery),
         "## Recipe",
-        _fence(json.dumps(recipe, indent=2, ensure_ascii=False), "json")
+        fence(json.dumps(recipe, indent=2, ensure_ascii=False), "json")
         if recipe
         else f"{MISSING.capitalize()}.",
         "## Where the numbers come from",
-        "\n".join(f"- {_e(name)}: {_e(value)}" for name, value in facts(report)),
-        "\n".join(f"- {_e(note)}" for note in report.notes),
+        "\n".join(f"- {escaped(name)}: {escaped(value)}" for name, value in facts(report)),
+        "\n".join(f"- {escaped(note)}" for note in report.notes),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _e(value: object) -> str:
+def escaped(value: object) -> str:
     """Text that Markdown shows as it is: no HTML, no emphasis, no new line."""
     text = " ".join(clean(value).split())
     text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return re.sub(r"([\\`*\[\]|])", r"\\\1", text)
 
 
-def _section(table: Table) -> str:
+def table_section(table: Table) -> str:
+    """A heading, its table and its remarks."""
     rule = ["---"] * table.num_text + ["---:"] * (len(table.header) - table.num_text)
-    lines = [table.header, tuple(rule), *(tuple(_e(cell) for cell in row) for row in table.rows)]
-    head = [_e(cell) for cell in lines[0]], *lines[1:]
+    lines = [table.header, tuple(rule), *(tuple(escaped(cell) for cell in row) for row in table.rows)]
+    head = [escaped(cell) for cell in lines[0]], *lines[1:]
     text = "\n".join(f"| {' | '.join(cells)} |" for cells in head)
-    notes = "\n".join(f"- {_e(note)}" for note in table.notes)
-    return f"## {_e(table.title)}\n\n" + "\n\n".join(
+    notes = "\n".join(f"- {escaped(note)}" for note in table.notes)
+    return f"## {escaped(table.title)}\n\n" + "\n\n".join(
         part for part in (text if table.rows else "", notes) if part
     )
 
 
-def _fence(text: str, language: str = "") -> str:
+def fence(text: str, language: str = "") -> str:
+    """Text as a code block."""
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return f"{fence}{language}\n{clean(text)}\n{fence}"

@@ -2,7 +2,7 @@
 
 import io
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -87,18 +87,17 @@ def accuracy_chart(report: RunReport) -> Chart | None:
     return _draw(report.name, title, paint, height=0.8 + 0.42 * len(rows)) if rows else None
 
 
-def step_charts(report: RunReport, step: StepRecord) -> list[Chart]:
+def step_charts(step: StepRecord, parent: StepRecord | None) -> list[Chart]:
     """Losses, learning rate, code statistics during training, and the weight histogram of one step."""
     charts = _loss_charts(step)
     rate = step.curve("optim/lr")
     if rate[0]:
-        charts.append(_lines(step, "Learning rate", {"": rate}, is_log=False))
+        charts.append(compare(step.path, "Learning rate", {"": rate}, is_log=False))
     codes = {"flip rate": step.curve("quant/flip_rate"), "zero share": step.curve("quant/zero_frac")}
     codes = {name: curve for name, curve in codes.items() if curve[0]}
     if codes:
-        charts.append(_lines(step, "Codes during training", codes, is_log=False))
+        charts.append(compare(step.path, "Codes during training", codes, is_log=False))
     if step.weights:
-        parent = report.step(step.parent)
         charts.append(_histogram(step, step.weights, parent.weights if parent else None))
     return charts
 
@@ -120,17 +119,22 @@ def _loss_charts(step: StepRecord) -> list[Chart]:
             charts.append(_loss_chart(step, "Loss parts, weighted", parts | {"total": total}))
         return charts
     if raw:
-        return [_loss_chart(step, "Cross-entropy", raw)]
+        heldout = step.curve("heldout/loss")
+        return [_loss_chart(step, "Cross-entropy", raw | ({"held out": heldout} if heldout[0] else {}))]
     return [_loss_chart(step, "Loss", {"": total})] if any(total[1]) else []
 
 
 def _loss_chart(step: StepRecord, title: str, curves: dict[str, Curve]) -> Chart:
     values = [value for _, ys in curves.values() for value in ys]
     is_log = min(values) > 0 and max(values) / min(values) > LOG_RATIO
-    return _lines(step, f"{title}{' (log scale)' if is_log else ''}", curves, is_log=is_log)
+    return compare(step.path, f"{title}{' (log scale)' if is_log else ''}", curves, is_log=is_log)
 
 
-def _lines(step: StepRecord, title: str, curves: dict[str, Curve], *, is_log: bool) -> Chart:
+def compare(
+    owner: str, title: str, curves: dict[str, Curve], *, is_log: bool, marks: Sequence[float] = ()
+) -> Chart:
+    """Curves over the optimizer step in one chart, with dashed lines at the steps ``marks``."""
+
     def paint(axes: "Axes") -> None:
         spare = iter([PURPLE, ORANGE, GREEN, MUTED])
         for name, (xs, ys) in curves.items():
@@ -140,6 +144,8 @@ def _lines(step: StepRecord, title: str, curves: dict[str, Curve], *, is_log: bo
             dash = "--" if name == "total" else "-"  # often covers its largest part
             label = PART_NAMES.get(name, name.replace("_", " "))
             axes.plot(xs, ys, color=colour, marker=marker, linestyle=dash, label=label)
+        for mark in marks:
+            axes.axvline(mark, color=MUTED, linewidth=1, linestyle="--")
         axes.set_xlabel("optimizer step")
         if is_log:
             axes.set_yscale("log")
@@ -155,7 +161,7 @@ def _lines(step: StepRecord, title: str, curves: dict[str, Curve], *, is_log: bo
         if len(curves) > 1:
             axes.figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
 
-    return _draw(step.path, title, paint)
+    return _draw(owner, title, paint)
 
 
 def _histogram(step: StepRecord, after: Weights, before: Weights | None) -> Chart:

@@ -172,9 +172,14 @@ def _as_rate(text: str) -> float:
 
 
 def weights_table(report: RunReport) -> Table:
-    """Trit shares and flip rates after each step."""
-    recorded = [step for step in report.steps if step.weights]
-    absent = [step.path for step in report.steps if not step.weights]
+    """Trit shares and flip rates after each step of a run."""
+    return shares_table(report.steps)
+
+
+def shares_table(steps: list[StepRecord]) -> Table:
+    """Trit shares and flip rates after each of some steps."""
+    recorded = [step for step in steps if step.weights]
+    absent = [step.path for step in steps if not step.weights]
     rows: list[tuple[str, ...]] = [
         (
             step.path,

@@ -72,9 +72,14 @@ def users(step: StepRecord, num_methods: int) -> str:
     return "every method" if len(step.used_by) == num_methods > 1 else ", ".join(step.used_by)
 
 
+def is_base(step: StepRecord) -> bool:
+    """Whether a step pre-trained a base."""
+    settings = step.run.get("settings")
+    return isinstance(settings, dict) and settings.get("part") == "base"
+
+
 def stage_name(step: StepRecord) -> str:
     """The stage in the paper's words; the making of a base runs the code of stage 2 but is no stage."""
-    settings = step.run.get("settings")
-    if isinstance(settings, dict) and settings.get("part") == "base":
+    if is_base(step):
         return "base, made from scratch"
     return STAGES.get(step.stage, step.stage) or MISSING

@@ -1,59 +1,88 @@
-"""A Qwen3-architecture base made from scratch: tokenizer, random weights, full-precision pre-training.
+"""A base made from scratch: tokenizer, random weights, pre-training in full precision or as a native BitNet b1.58.
 
-For machines and tests without a trained checkpoint at hand; the three stages treat the result like any model.
+For machines and tests without a trained checkpoint at hand; the three stages treat a full-precision result like any
+model. A native BitNet (arXiv 2504.12285) is ternary from its first step and is not converted.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM, set_seed
+from transformers import (
+    BitNetConfig,
+    BitNetForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    set_seed,
+)
 
-from ..config import BaseConfig, Recipe
+from ..config import SHAPE, BaseConfig, Recipe
 from ..data.corpus import part_of, read_documents, source_digest
 from ..errors import ConfigError
 from ..recipe import to_dict
-from .loading import save_model
+from .loading import load_tokenizer, save_model
 from .stage2_pretrain import train_on_corpus
 from .step import run_step
 
 END_OF_TEXT = "<|endoftext|>"
 
+CLASSES: dict[str, tuple[Any, Any]] = {
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+    "bitnet": (BitNetConfig, BitNetForCausalLM),
+}
+"""``base.architecture`` -> config and model class."""
+
 
 def run(recipe: Recipe, output_dir: Path) -> Path:
-    """Make and pre-train the ``[base]`` of a recipe; returns its checkpoint."""
+    """Make and pre-train the ``[base]`` of a recipe; returns its checkpoint.
+
+    The untrained model stays in the run folder: a native BitNet, its full-precision twin and other learning rates start
+    from the same weights.
+    """
     config = recipe.base
     if config is None:
-        raise ConfigError("this recipe has no [base] section: set model.source to the model to convert")
+        raise ConfigError(
+            "this recipe has no [base] section to make: add one (preset = ... gives it a shape)"
+        )
     if config.continue_from:
         return train_on_corpus(recipe, config, "base", config.continue_from, output_dir)
     blank = run_step(
-        output_dir.with_name(f"{output_dir.name}-blank"),
+        recipe.run_dir / "base-blank",
         {
             "stage": "base",
             "seed": recipe.seed,
-            "base": to_dict(config),
+            "base": {key: value for key, value in to_dict(config).items() if key in SHAPE},
             "corpus_digest": source_digest(recipe.corpus),
         },
         lambda folder: _make_blank(recipe, config, folder),
     )
-    return train_on_corpus(recipe, config, "base", blank, output_dir)
+    return train_on_corpus(recipe, config, "base", blank, output_dir, native=bool(config.ternary))
 
 
 def _make_blank(recipe: Recipe, config: BaseConfig, folder: Path) -> dict:
-    """Train the tokenizer, draw the weights, save both."""
-    tokenizer = train_tokenizer(recipe, config.vocab_size)
+    """Get the tokenizer, draw the weights, save both."""
+    own = config.tokenizer
+    tokenizer = load_tokenizer(own) if own else train_tokenizer(recipe, config.vocab_size)
     set_seed(recipe.seed)
-    ids = {"eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    model = Qwen3ForCausalLM(blank_config(config, vocab_size=len(tokenizer), **ids))
+    ids = {key: getattr(tokenizer, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    _, model_class = CLASSES[config.architecture]
+    model: PreTrainedModel = model_class(blank_config(config, vocab_size=len(tokenizer), **ids))
     save_model(model, tokenizer, folder)
     embedding = model.get_input_embeddings().weight.numel()
     total = sum(p.numel() for p in model.parameters())
     return {"parameters": total, "non_embedding_parameters": total - embedding}
 
 
-def blank_config(config: BaseConfig, **tokens: int | None) -> Qwen3Config:
+def blank_config(config: BaseConfig, **tokens: int | None) -> PretrainedConfig:
     """The model of a ``[base]`` section; ``tokens`` are its tokenizer's size and special ids, by config key."""
+    config_class, _ = CLASSES[config.architecture]
     values = {
         "vocab_size": config.vocab_size,
         "bos_token_id": None,
@@ -61,7 +90,7 @@ def blank_config(config: BaseConfig, **tokens: int | None) -> Qwen3Config:
         "pad_token_id": None,
         **tokens,
     }
-    return Qwen3Config(
+    return config_class(  # type: ignore[no-any-return]
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,
         num_hidden_layers=config.num_hidden_layers,
@@ -69,7 +98,7 @@ def blank_config(config: BaseConfig, **tokens: int | None) -> Qwen3Config:
         num_key_value_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
         tie_word_embeddings=config.tie_word_embeddings,
-        max_position_embeddings=2048,
+        max_position_embeddings=config.max_position_embeddings,
         initializer_range=config.initializer_range,
         dtype=torch.float32,
         **values,

@@ -1,6 +1,7 @@
 """What happens between optimizer steps: schedules, the metrics file, the progress bar."""
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -131,7 +132,7 @@ class MetricsFile(TrainerCallback):
 
     def summary(self) -> dict[str, Any]:
         """The last losses and the time, for the step's record."""
-        losses = {key: value for key, value in self.last.items() if key.startswith("loss")}
+        losses = {key: value for key, value in self.last.items() if key.startswith(("loss", "heldout"))}
         return losses | {"steps": self.last.get("step"), "train_time_s": round(self.time_s, 2)}
 
 
@@ -157,7 +158,7 @@ class ProgressBar(TrainerCallback):
             disable=not self.console.is_terminal,
         )
         self.title = title
-        self.loss = ""
+        self.loss = self.heldout = ""
         self.first_step = 0
         self.started = self.last_line = 0.0
 
@@ -196,6 +197,9 @@ class ProgressBar(TrainerCallback):
         """Keep the last loss for display."""
         if logs and "loss" in logs:
             self.loss = f"loss {logs['loss']:.4g}"
+            if "heldout/loss" in logs:
+                self.heldout = f"  held-out perplexity {math.exp(logs['heldout/loss']):.4g}"
+            self.loss += self.heldout
 
     def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Leave the finished line on the screen."""

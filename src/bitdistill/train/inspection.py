@@ -20,6 +20,7 @@ def inspect_checkpoint(source: str | Path) -> dict[str, Any]:
     """
     model = load_model(source)
     layers = [m for m in model.modules() if isinstance(m, BitLinear)]
+    own_norms = sum(name.endswith("_sub_norm") for name, _ in model.named_modules())  # a BitNet's are its own
     size = model_size(model)
     embedding = model.get_input_embeddings().weight.numel()
     facts: dict[str, Any] = {
@@ -28,14 +29,14 @@ def inspect_checkpoint(source: str | Path) -> dict[str, Any]:
         "embedding_parameters": embedding,
         "ternary_parameters": size.ternary_parameters,
         "ternary_linears": len(layers),
-        "sub_norms": sum(m.norm is not None for m in layers),
+        "sub_norms": sum(m.norm is not None for m in layers) + own_norms,
         "bytes_packed": size.bytes,
         "bytes_at_16_bit": 2 * size.parameters,
     }
     if layers:
         codes = torch.cat([c.flatten() for c in ternary_codes(model).values()])
         facts |= {
-            "ternary_spec": model.config.ternary,
+            "ternary_spec": layers[0].spec.to_dict(),
             "bits_per_ternary_weight": TERNARY_BITS,
             "trit_shares": {str(v): round(float((codes == v).float().mean()), 4) for v in (-1, 0, 1)},
         }

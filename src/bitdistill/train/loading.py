@@ -21,6 +21,7 @@ from .. import model as students
 from ..config import LARGEST_SIZE
 from ..errors import CheckpointError, SurgeryError
 from ..processes import is_main_process
+from .native import MODEL_TYPE, is_native, make_native, quantization_of, without_quantization
 from .sharding import is_sharded, whole_state
 
 _SIZES = (
@@ -37,7 +38,7 @@ _SIZES = (
 
 
 def load_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """A causal LM in fp32, from a local folder or the hub; students load as students.
+    """A causal LM in fp32, from a local folder or the hub; students and native BitNets load ready to train.
 
     An encoder comes as the classifier that it is, or else as a masked LM.
 
@@ -45,6 +46,11 @@ def load_model(source: str | Path, revision: str | None = None) -> PreTrainedMod
         CheckpointError: nothing there, or it is damaged or incomplete.
     """
     config = load_config(source, revision)  # refuses what it rules out before any weight is fetched
+    if is_native(config):
+        latents = {"config": without_quantization(config)}
+        model, report = load_as(AutoModelForCausalLM, source, revision, **latents)
+        check_tensors(source, model, report, native=True)
+        return make_native(model, quantization_of(config))
     if not is_encoder(config):
         model, report = load_as(AutoModelForCausalLM, source, revision)
     elif is_classifier(config):
@@ -64,7 +70,7 @@ def load_as(
     """A model of one kind in fp32, and transformers' report of the tensors that it missed or did not expect.
 
     Args:
-        config: settings that replace the checkpoint's.
+        config: settings that replace the checkpoint's, or its whole ``config``.
 
     Raises:
         CheckpointError: it does not load.
@@ -95,7 +101,9 @@ def keep_pooler(model: PreTrainedModel, other: PreTrainedModel) -> None:
         model.base_model.pooler = deepcopy(pooler).requires_grad_(False)
 
 
-def check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str, Any]) -> None:
+def check_tensors(
+    source: str | Path, model: PreTrainedModel, report: dict[str, Any], *, native: bool = False
+) -> None:
     """Every tensor of the model came from the checkpoint, in its shape, and is finite."""
     mismatched = sorted(report["mismatched_keys"])
     if mismatched:
@@ -119,11 +127,12 @@ def check_tensors(source: str | Path, model: PreTrainedModel, report: dict[str, 
             "or its tensors were renamed. Fetch or make it again"
         )
     unused = sorted(report["unexpected_keys"])
-    if unused and hasattr(model.config, "ternary"):
-        # Another layout of norms in config.json would drop trained gains without a word.
+    ternary = "quantised online" if native else getattr(model.config, "ternary", None)
+    if unused and ternary:
+        # Another layout of norms, or scales of trits, would be dropped without a word.
         raise CheckpointError(
-            f"{source}: {unused[0]} has no place in the student that config.json describes (ternary = "
-            f"{model.config.ternary}); the two files do not belong together. Fetch or make the checkpoint again"
+            f"{source}: {unused[0]} has no place in the model that config.json describes (ternary = {ternary}); "
+            "the two files do not belong together. Fetch or make the checkpoint again"
         )
     for name, tensor in model.state_dict().items():
         if not tensor.isfinite().all():
@@ -241,6 +250,11 @@ def convertible_family(model_type: str) -> students.Family:
     """
     if any(model_type == family.student_type for family in students.FAMILIES):
         raise SurgeryError(f"this model is a ternary student already ({model_type}); refine its base instead")
+    if model_type == MODEL_TYPE:
+        raise SurgeryError(
+            "this model is a BitNet, which has its sub-norms and is ternary by training, not by conversion; pre-train "
+            "it (bitdistill base) or fine-tune it (bitdistill sft) as it is, or refine a model of another family"
+        )
     family = students.find_family(model_type)
     if family is None:
         known = ", ".join(f.model_type for f in students.FAMILIES)

@@ -12,7 +12,9 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
     """Factor on the peak learning rate at optimizer step ``step`` (0-based) of ``total_steps``.
 
     ``two_stage`` follows the b1.58 training tips: linear decay to 0 after the warm-up, its line multiplied by
-    ``two_stage_drop`` from the middle of that decay on.
+    ``two_stage_drop`` in the second half of the run. ``two_stage_cosine`` follows BitNet b1.58 2B4T (arXiv 2504.12285):
+    a cosine that would reach 0 at the end, left in the middle of the run for another that falls from
+    ``two_stage_drop`` to 0. The report gives no numbers and does not say how far the first cosine reaches.
     """
     warmup_steps = math.ceil(config.warmup_ratio * total_steps)
     if step < warmup_steps:
@@ -20,19 +22,36 @@ def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) ->
     if config.schedule == "constant":
         return 1.0
     progress = min(1.0, (step - warmup_steps) / max(1, total_steps - warmup_steps))
-    if config.schedule == "cosine":
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
+    is_second = _in_second_stage(step, total_steps)
+    if config.schedule == "two_stage_cosine" and is_second:
+        return config.two_stage_drop * _cosine(min(1.0, 2 * step / total_steps - 1))
+    if config.schedule in ("cosine", "two_stage_cosine"):
+        return _cosine(progress)
     decay = 1.0 - progress
-    if config.schedule == "two_stage" and progress >= 0.5:
-        return decay * config.two_stage_drop
-    return decay
+    return decay * config.two_stage_drop if config.schedule == "two_stage" and is_second else decay
 
 
 def weight_decay_at(config: TrainingConfig, step: int, total_steps: int) -> float:
-    """Weight decay at optimizer step ``step`` of ``total_steps``."""
-    if config.weight_decay_schedule == "half_then_zero" and step >= total_steps / 2:
+    """Weight decay at optimizer step ``step`` of ``total_steps``.
+
+    ``half_then_zero``: the training tips; ``cosine_then_zero``: 2B4T, whose first stage has a cosine with a peak of
+    0.1, taken here as that of the learning rate.
+    """
+    if config.weight_decay_schedule == "constant":
+        return config.weight_decay
+    if _in_second_stage(step, total_steps):
         return 0.0
-    return config.weight_decay
+    is_cosine = config.weight_decay_schedule == "cosine_then_zero"
+    return config.weight_decay * (_cosine(step / total_steps) if is_cosine else 1.0)
+
+
+def _in_second_stage(step: int, total_steps: int) -> bool:
+    """Learning rate and weight decay change at the same step."""
+    return step >= total_steps / 2
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
 def quant_lambda_at(config: TrainingConfig, step: int, total_steps: int) -> float:

@@ -28,6 +28,7 @@ from ..processes import from_main_process, num_processes
 from ..recipe import to_dict
 from .batches import GlobalBatch, SeededOrder, global_batch
 from .callbacks import CodeStatistics, MetricsFile, ProgressBar, StepSchedules
+from .heldout import HeldoutLoss
 from .objective import Objective, autocast_dtype
 from .schedule import learning_rate_factor
 from .sharding import GATHER_FP32, holds_shards, load_optimizer, load_weights, whole
@@ -49,6 +50,7 @@ class StudentTrainer(Trainer):
         tokenizer: PreTrainedTokenizerBase,
         batch: GlobalBatch,
         lengths: list[int] | None,
+        heldout: HeldoutLoss | None,
     ) -> None:
         super().__init__(
             model=objective,
@@ -72,6 +74,9 @@ class StudentTrainer(Trainer):
             # Gradients that wait for the last micro-batch wait whole, on every process.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
             objective.shard_teacher()
+        self.heldout = heldout
+        if heldout is not None:
+            self.add_callback(heldout)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         """One epoch of Trainer's is the whole training, so every step is full and a resume skips whole steps."""
@@ -168,6 +173,8 @@ class StudentTrainer(Trainer):
                     self._diverged("gradient", logs["optim/grad_norm"], self.state.global_step)
                 )
             logs |= self.codes.measure()
+            if self.heldout is not None:
+                logs |= self.heldout.take()
             self.parts, self.parts_steps = {}, 0
         super().log(logs, start_time)
 
@@ -210,6 +217,7 @@ def fit(
     title: str,
     processes: int | None = None,
     lengths: list[int] | None = None,
+    heldout: HeldoutLoss | None = None,
 ) -> dict[str, Any]:
     """Train an objective's student in place for ``steps`` optimizer steps, resuming what ``work_dir`` holds.
 
@@ -218,6 +226,7 @@ def fit(
         work_dir: receives ``metrics.jsonl`` and, until the step is finished, ``trainer/``.
         processes: those whose global batch this keeps, however many there are now; None: these.
         lengths: tokens of each item, to batch similar lengths together.
+        heldout: what computes the held-out losses of the log.
 
     Returns:
         Metrics of the whole training, time included.
@@ -278,6 +287,7 @@ def fit(
         tokenizer=tokenizer,
         batch=batch,
         lengths=lengths,
+        heldout=heldout,
     )
     trainer.remove_callback(PrinterCallback)
     metrics_file = MetricsFile(work_dir / "metrics.jsonl")

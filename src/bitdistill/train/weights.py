@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import write_json
-from ..model import FAMILIES, BitLinear, ends_in
+from ..model import FAMILIES, BitLinear, TernarySpec, ends_in
 from ..model.quant import expand_scale, ternarize
 from ..processes import is_main_process
 from .sharding import is_sharded, own_part, whole
@@ -30,11 +30,9 @@ def _sites(model: nn.Module) -> dict[str, nn.Linear]:
 def _quantized(module: nn.Linear) -> tuple[Tensor, Tensor]:
     """Codes and latent / scale of one linear, ``[N, K]`` each; whole where FSDP2 shards it, one matrix at a time."""
     latent = whole(module.weight.detach())
-    if isinstance(module, BitLinear):
-        granularity, block_size = module.spec.granularity, module.spec.block_size
-    else:
-        granularity, block_size = "tensor", 1
-    code, scale = ternarize(latent, granularity, block_size)
+    spec = module.spec if isinstance(module, BitLinear) else TernarySpec()
+    code, scale = ternarize(latent, spec.granularity, spec.block_size, spec.rounding)
+    block_size = spec.block_size
     return code, latent.float() / expand_scale(scale, latent.shape[1], block_size)
 
 
