@@ -35,7 +35,7 @@ def test_a_wrong_setting_is_named(cli, project, override, fragments):
 def test_a_base_that_no_memory_holds_is_refused(cli, project, tmp_path, size):
     sizes = [f"base.{key}={size}" for key in ("hidden_size", "intermediate_size")]
     overrides = [argument for setting in sizes for argument in ("--set", setting)]
-    outcome = cli("pretrain", project, "--output", tmp_path / "new", *overrides)
+    outcome = cli("base", project, "--output", tmp_path / "new", *overrides)
     refused(outcome, "not enough memory", "--dry-run", "smaller model")
     assert not (tmp_path / "new").exists()
 
@@ -96,8 +96,8 @@ def test_a_recipe_that_is_not_toml_is_named(cli, tmp_path):
     refused(cli("run", path), path, "not valid TOML", "line 1")
 
 
-def test_pretraining_without_a_source_or_a_base_is_refused(cli, project, tmp_path):
-    refused(cli("pretrain", project, "--output", tmp_path / "new"), "--source is missing", "[base]")
+def test_a_base_that_no_recipe_describes_is_refused(cli, project, tmp_path):
+    refused(cli("base", project, "--output", tmp_path / "new"), "no [base] section")
 
 
 def test_an_unknown_split_is_named(cli, project, llama):

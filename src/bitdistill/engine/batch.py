@@ -2,15 +2,12 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from .. import _core
 from .answer import Answer, Generation, Sampling, until_stop
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .text import TextCodec
 
 
 class Batch:
@@ -20,10 +17,16 @@ class Batch:
     advance by one.
     """
 
-    def __init__(self, engine: "Engine", prompts: Sequence[list[int]], sampling: Sampling) -> None:
+    def __init__(
+        self,
+        sessions: list[_core.Session],
+        prompts: Sequence[list[int]],
+        sampling: Sampling,
+        text: TextCodec,
+        stop_tokens: tuple[int, ...],
+    ) -> None:
         started = time.perf_counter()
-        self.engine, self.sampling = engine, sampling
-        self.sessions = [engine.session() for _ in prompts]
+        self.sessions, self.sampling, self.text, self.stop_tokens = sessions, sampling, text, stop_tokens
         self.samplers = [sampling.sampler() for _ in prompts]
         _core.forward_together(self.sessions, [np.array(ids, np.int32) for ids in prompts])
         prefilled = time.perf_counter()
@@ -34,7 +37,7 @@ class Batch:
     def generate(self) -> list[Generation]:
         """The answers, in the order of the prompts."""
         texts = [
-            until_stop(self.engine.text.stream(self._arriving(i)), self.sampling.stops, answer)
+            until_stop(self.text.stream(self._arriving(i)), self.sampling.stops, answer)
             for i, answer in enumerate(self.answers)
         ]
         found: list[Generation | None] = [None] * len(texts)
@@ -68,7 +71,7 @@ class Batch:
             [self.sessions[i] for i in active],
             [self.samplers[i] for i in active],
             1,
-            self.engine.stop_tokens,
+            self.stop_tokens,
         )
         for i, (tokens, reason) in zip(active, results, strict=True):
             self.tokens[i] += tokens

@@ -117,7 +117,10 @@ class Engine:
         """
         sampling = _sampling(options)
         ids = [self.prompt_of(prompt) for prompt in prompts]
-        return Batch(self, ids, sampling).generate() if ids else []
+        if not ids:
+            return []
+        sessions = [self.session() for _ in ids]
+        return Batch(sessions, ids, sampling, self.text, self.stop_tokens).generate()
 
     def prompt_of(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt that leaves room for an answer.

@@ -4,6 +4,8 @@ import math
 from typing import Any
 
 from .. import _core
+from ..config import SHAPE
+from ..config.presets import BASE_PRESETS
 from ..errors import ConfigError
 from ..layout import INT4_ROWS, LAYOUT, int4_shape, packed_shape
 from ..packed import ELEMENT_BYTES
@@ -23,21 +25,8 @@ _QWEN3 = {
 }
 
 SHAPES: dict[str, dict[str, Any]] = {
-    "bitnet-2b4t": {
-        "model_type": "bitnet",
-        "vocab_size": 128256,
-        "hidden_size": 2560,
-        "intermediate_size": 6912,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 20,
-        "num_key_value_heads": 5,
-        "head_dim": 128,
-        "max_position_embeddings": 4096,
-        "rms_norm_eps": 1e-5,
-        "hidden_act": "relu2",
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-    },
+    "bitnet-2b4t": {key: value for key, value in BASE_PRESETS["bitnet-2b4t"].items() if key in SHAPE}
+    | {"model_type": "bitnet", "rms_norm_eps": 1e-5, "hidden_act": "relu2", "rope_theta": 500000.0},
     "qwen3-0.6b": _QWEN3 | {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28},
     "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
     "qwen3-4b": _QWEN3
