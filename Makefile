@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SEEDS := 0 1 2
+# Processes that share the tests.
+JOBS ?= 2
 DATA ?=
 
 .PHONY: demo demo-seeds test test-sanitize test-matrix lint bench clean
@@ -32,7 +34,7 @@ lint: $(VENV)/installed
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest -n $(JOBS)
 
 # A build of the core beside the installed one. Python itself is not instrumented: the runtime comes in by preload, and
 # leaks, which are Python's at exit, are not looked for.
@@ -44,7 +46,7 @@ test-sanitize: $(VENV)/installed
 	BITDISTILL_CORE="$$(echo $(CURDIR)/$(SANITIZED)/_core*.so)" PYTHONMALLOC=malloc \
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-		$(BIN)/pytest tests/engine
+		$(BIN)/pytest -n $(JOBS) tests/engine
 
 test-matrix: $(VENV)/installed
 	$(BIN)/python tests/transformers_matrix.py --output benchmarks/transformers_matrix.json
