@@ -64,11 +64,11 @@ struct Attend {
   size_t rows;         // 1..kAttendRows
   const size_t* first;
   const size_t* visible;
-  const void* keys;
-  const void* values;
-  Cache form;
-  const float* key_scale;    // i8: of each key; a multiple of 16 may be read
-  const float* value_scale;  // i8: of each value
+  const void* keys = nullptr;
+  const void* values = nullptr;
+  Cache form = Cache::f32;
+  const float* key_scale = nullptr;    // i8: of each key; a multiple of 16 may be read
+  const float* value_scale = nullptr;  // i8: of each value
   size_t head_dim;
   size_t padded_dim;  // head_dim rounded up to 16
   float* out;         // [rows][padded_dim]
