@@ -74,6 +74,7 @@ class Session {
   std::vector<float> logits_;
   std::vector<float> normed_;  // [kChunk][hidden_size] at most
   std::vector<Row> rows_;
+  std::vector<float> together_;  // logits of a batch that this session leads
 };
 
 }  // namespace bitdistill

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 
 #include "session.h"
 
@@ -100,7 +101,8 @@ std::vector<Finish> Session::decode_together(std::span<Session* const> sessions,
   std::vector<size_t> active(sessions.size());  // those that still write
   for (size_t s = 0; s < active.size(); ++s) active[s] = s;
   const size_t vocabulary = sessions[0]->logits_.size();
-  std::vector<float> logits(sessions.size() * vocabulary);
+  std::vector<float>& logits = sessions[0]->together_;
+  logits.resize(std::max(logits.size(), sessions.size() * vocabulary));
   for (size_t i = 0; i < max_new_tokens && !active.empty(); ++i) {
     std::erase_if(active, [&](size_t s) {
       if (sessions[s]->position() < sessions[s]->context_) return false;
@@ -121,14 +123,12 @@ std::vector<Finish> Session::decode_together(std::span<Session* const> sessions,
     const float* next = logits.data();
     std::erase_if(active, [&](size_t s) {
       Session& session = *sessions[s];
-      const bool was_fed = std::find(fed.begin(), fed.end(), &session) != fed.end();
-      if (was_fed) {
-        std::memcpy(session.logits_.data(), next, vocabulary * sizeof(float));
-        next += vocabulary;
-        session.has_logits_ = true;
-      }
-      const int32_t one = samplers[s]->sample(session.logits_.data(), vocabulary);
+      const float* own = session.logits_.data();
+      if (!session.has_logits_) own = std::exchange(next, next + vocabulary);  // fed just now
+      const int32_t one = samplers[s]->sample(own, vocabulary);
       if (std::find(stop.begin(), stop.end(), one) != stop.end()) {
+        if (!session.has_logits_) std::memcpy(session.logits_.data(), own, vocabulary * sizeof(float));
+        session.has_logits_ = true;
         finish[s] = Finish::stop;
         return true;
       }

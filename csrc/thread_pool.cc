@@ -63,12 +63,12 @@ class Pin {
 #endif
 };
 
-}  // namespace
-
-static size_t checked_count(size_t threads) {
+size_t checked_count(size_t threads) {
   if (threads > kMaxThreads) throw std::invalid_argument("threads = " + std::to_string(threads) + ": use at most 1024");
   return threads != 0 ? threads : usable_cpus();
 }
+
+}  // namespace
 
 size_t usable_cpus() {
   const size_t cpus = allowed_cpus().size();

@@ -4,7 +4,7 @@ from .checks import LARGEST_SIZE
 from .data import TASK_KINDS, CorpusConfig, ModelConfig, TaskConfig
 from .run import ABLATIONS, METHODS, Recipe, RunConfig
 from .stages import KD_KEYS, DistillConfig, PretrainConfig, RefineConfig, SftConfig
-from .training import SHAPE, BaseConfig, CorpusTrainingConfig, TrainingConfig
+from .training import SHAPE, SIZES, BaseConfig, CorpusTrainingConfig, TrainingConfig
 
 __all__ = [
     "ABLATIONS",
@@ -12,6 +12,7 @@ __all__ = [
     "LARGEST_SIZE",
     "METHODS",
     "SHAPE",
+    "SIZES",
     "TASK_KINDS",
     "BaseConfig",
     "CorpusConfig",

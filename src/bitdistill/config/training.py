@@ -108,7 +108,7 @@ class CorpusTrainingConfig(TrainingConfig):
             check_unused(self, section, ("eval_sequences",), "set eval_every")
 
 
-_SIZES = (
+SIZES = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -117,8 +117,9 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+"""Sizes of a decoder beside its vocabulary, as ``config.json`` calls them."""
 
-SHAPE = ("architecture", "tokenizer", "vocab_size", *_SIZES, "tie_word_embeddings", "initializer_range")
+SHAPE = ("architecture", "tokenizer", "vocab_size", *SIZES, "tie_word_embeddings", "initializer_range")
 """Keys of ``[base]`` that decide the untrained model."""
 
 
@@ -182,7 +183,7 @@ class BaseConfig(CorpusTrainingConfig):
             self.initializer_range,
             "use a positive number",
         )
-        for key in ("vocab_size", *_SIZES):
+        for key in ("vocab_size", *SIZES):
             size = getattr(self, key)
             check(
                 1 <= size < LARGEST_SIZE,

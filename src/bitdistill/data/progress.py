@@ -2,6 +2,7 @@
 
 import time
 from types import TracebackType
+from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
@@ -9,7 +10,22 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRe
 LINE_EVERY_S = 30.0
 
 
-class TokenizingProgress:
+class _Shown:
+    """A line that stands on the terminal while the block runs."""
+
+    progress: Progress
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.progress.stop()
+
+
+class TokenizingProgress(_Shown):
     """Documents and tokens so far, and the rate. The end of a stream is not known before it comes."""
 
     def __init__(self, title: str) -> None:
@@ -35,17 +51,8 @@ class TokenizingProgress:
             self.last_line = now
             self.console.print(text, highlight=False, soft_wrap=True)
 
-    def __enter__(self) -> "TokenizingProgress":
-        self.progress.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()
-
-
-class TokensProgress:
+class TokensProgress(_Shown):
     """Tokens done of a known number, the rate and the time left."""
 
     def __init__(self, title: str, total: int, *, shown: bool) -> None:
@@ -75,12 +82,3 @@ class TokensProgress:
             left = (self.total - self.done) / rate
             text = f"{self.title}  {self.done}/{self.total}  {rate:,.0f} tokens/s  left {left:.0f} s"
             self.console.print(text, highlight=False, soft_wrap=True)
-
-    def __enter__(self) -> "TokensProgress":
-        self.progress.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.progress.stop()

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..config import DistillConfig, Recipe, SftConfig, TaskConfig
-from ..data.prompts import Encoded, PromptEncoder
+from ..data.prompts import Encoded
 from ..data.tasks import Task, load_task
 from ..errors import CheckpointError
 from ..train.batches import SeededOrder
 from ..train.loading import load_tokenizer
+from ..train.sft import task_sequences
 from .models import source_folder
 
 logger = logging.getLogger(__name__)
@@ -67,9 +68,7 @@ def task_tokens(recipe: Recipe) -> TaskTokens:
         except CheckpointError as error:
             logger.warning("%s; lengths are bounded by task.max_length", error)
         else:
-            encoder = PromptEncoder(tokenizer, config.max_length)
-            longest = config.max_new_tokens if task.kind == "summarisation" else 0
-            return _counted(encoder.examples(task.train, end=task.kind != "classification", longest=longest))
+            return _counted(task_sequences(recipe, task, tokenizer).encoded)
     return _bounded(config, task)
 
 

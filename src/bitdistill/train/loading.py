@@ -18,23 +18,11 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from .. import model as students
-from ..config import LARGEST_SIZE
+from ..config import LARGEST_SIZE, SIZES
 from ..errors import CheckpointError, SurgeryError
 from ..processes import is_main_process
 from .native import MODEL_TYPE, is_native, make_native, quantization_of, without_quantization
 from .sharding import is_sharded, whole_state
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-)
-"""Config keys that must be sizes where a family has them."""
 
 
 def load_model(source: str | Path, revision: str | None = None) -> PreTrainedModel:
@@ -189,7 +177,7 @@ def _check_encoder(source: str | Path, config: PretrainedConfig) -> None:
 
 def _check_sizes(source: str | Path, config: PretrainedConfig) -> None:
     """Sizes that no model has would end in an allocation or a division far from their cause."""
-    for key in _SIZES:
+    for key in ("vocab_size", *SIZES):
         value = getattr(config, key, None)
         if value is not None and (type(value) is not int or not 1 <= value < LARGEST_SIZE):
             raise CheckpointError(
