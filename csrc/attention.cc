@@ -66,6 +66,7 @@ class AttentionPass {
         .padded_dim = padded,
         .out = own_.mixed.data(),
         .scores = own_.scores.data(),
+        .query_code = own_.query_code.data(),
     };
     chunk_[first].cache->show(index_, head, args);
     room_.attend(&args);

@@ -203,7 +203,8 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
     }
   }
   FloatOut out({tokens, heads, dim});
-  std::vector<float> rows(kAttendRows * padded), mixed(kAttendRows * padded), scores(kAttendRows * kScoreKeys);
+  std::vector<float> rows(kAttendRows * padded), mixed(kAttendRows * padded), scores(kAttendRows * kChunkKeys);
+  std::vector<int8_t> query_code(kAttendRows * 2 * padded);
   for (size_t head = 0; head < heads; ++head) {
     for (size_t first = 0; first < tokens; first += kAttendRows) {
       const size_t count = std::min(kAttendRows, tokens - first);
@@ -222,7 +223,8 @@ nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, 
                   .head_dim = dim,
                   .padded_dim = padded,
                   .out = mixed.data(),
-                  .scores = scores.data()};
+                  .scores = scores.data(),
+                  .query_code = query_code.data()};
       cache.show(0, own, args);
       room.attend(&args);
       for (size_t t = 0; t < count; ++t) {

@@ -20,6 +20,7 @@ constexpr size_t kGroupBytes = 128;        // bytes of a group: 32 rows x 4
 constexpr size_t kFileGroup = 20;          // features of a group in the file's order
 constexpr size_t kMaxFeatures = 1u << 18;  // K: keeps every int32 accumulator below from overflowing
 constexpr size_t kKeyBlock = 16;           // keys of a block of the key cache
+constexpr size_t kChunkKeys = 256;         // keys of a chunk of the cache, whose scores are held at a time
 constexpr size_t kMaxTile = 12;            // tokens of a gemm tile
 constexpr size_t kAttendRows = 16;         // query rows of one call of attend
 constexpr size_t kInt4Rows = 32;           // rows of a block of an int4 table
@@ -57,24 +58,31 @@ struct Dequantize {
   bool accumulate;
 };
 
-// One sequence's queries of one KV head against its cache. Keys lie in blocks of 16, [block][head_dim][16]; values in
-// rows of padded_dim. Row i sees keys [first[i], visible[i]); neither bound decreases from row to row.
+// Of the cache of one KV head: chunks of kChunkKeys keys, each [keys][values][key scales][value scales], so that
+// reading it is one stream. Keys lie in blocks of 16, [block][head_dim][16], values in rows of padded_dim. Codes (i8)
+// lie in quads, for products of four: keys [block][ceil(head_dim / 4)][16][4], values [key / 4][padded_dim][4]; each
+// key and each value has a float as scale.
+struct CacheLayout {
+  size_t key_bytes, value_bytes;                // of one key, of one value
+  size_t values_at, scales_at, bytes_of_chunk;  // within a chunk
+};
+
+// One sequence's queries of one KV head against its cache. Row i sees keys [first[i], visible[i]); neither bound
+// decreases from row to row.
 struct Attend {
   const float* query;  // [rows][padded_dim], already scaled, zero beyond head_dim
   size_t rows;         // 1..kAttendRows
   const size_t* first;
   const size_t* visible;
-  const void* keys = nullptr;
-  const void* values = nullptr;
+  const uint8_t* cache = nullptr;  // of the head
   Cache form = Cache::f32;
-  const float* key_scale = nullptr;    // i8: of each key; a multiple of 16 may be read
-  const float* value_scale = nullptr;  // i8: of each value
+  CacheLayout layout = {};
   size_t head_dim;
-  size_t padded_dim;  // head_dim rounded up to 16
-  float* out;         // [rows][padded_dim]
-  float* scores;      // scratch, kAttendRows * kScoreKeys
+  size_t padded_dim;             // head_dim rounded up to 16
+  float* out;                    // [rows][padded_dim]
+  float* scores;                 // scratch, kAttendRows * kChunkKeys
+  int8_t* query_code = nullptr;  // i8: scratch, kAttendRows * 2 * padded_dim
 };
-constexpr size_t kScoreKeys = 256;  // keys whose scores are held at a time
 
 // A token's state as two int8 codes, x ~= (254 high + low) * scale, in whole groups of kInt4Group. Codes are within
 // 127: then a group's 254 H + L is a whole number that a float holds.

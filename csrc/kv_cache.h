@@ -1,9 +1,8 @@
 // Keys and values of one sequence.
 //
-// Per layer and KV head: keys in blocks of 16 positions, transposed, [position / 16][head_dim][16]; values in rows of
-// padded_head_dim. fp16; fp32; or int8 codes (absmax of each key and each value) with a scale for each. Room for the
-// whole context is reserved; pages come when written, so memory follows the text (small pages: one huge page in each of
-// layers x heads x 2 regions would be more than short texts need).
+// Per layer and KV head: chunks as CacheLayout has them, in fp16, fp32, or int8 codes (absmax of each key and each
+// value). Room for the whole context is reserved; pages come when written, so memory follows the text (small pages: one
+// huge page in each of layers x heads regions would be more than short texts need).
 #pragma once
 
 #include "config.h"
@@ -27,13 +26,11 @@ class KvCache {
 
  private:
   uint8_t* place(size_t layer, size_t head) const { return pages_.data() + (layer * heads_ + head) * per_head_; }
-  float* scales(uint8_t* head) const { return reinterpret_cast<float*>(head + value_at_ + value_bytes_); }
 
-  size_t layers_, heads_, head_dim_, padded_dim_;
+  size_t layers_, heads_, head_dim_;
   Cache form_;
-  size_t width_;      // bytes of an element
-  size_t positions_;  // a multiple of kKeyBlock
-  size_t value_at_, value_bytes_, per_head_;
+  CacheLayout layout_;
+  size_t per_head_;
   Pages pages_;
 };
 

@@ -33,7 +33,8 @@ Workspace::Workspace(const Config& c, const KernelTable& room, size_t threads)
     s.normed = Array<float>(widest);
     s.query = Array<float>(kAttendRows * dim);
     s.mixed = Array<float>(kAttendRows * dim);
-    s.scores = Array<float>(kAttendRows * kScoreKeys);
+    s.scores = Array<float>(kAttendRows * kChunkKeys);
+    s.query_code = Array<int8_t>(kAttendRows * 2 * dim);
     s.half = Array<uint16_t>(dim);
     s.code = Array<int8_t>(kInputs * widest_codes);
     s.sums = Array<int32_t>(kInputs * most_segments);
@@ -46,7 +47,7 @@ uint64_t Workspace::bytes() const {
                    sine.bytes() + code.bytes() + packed.bytes() + sums.bytes() + scale.bytes() + floats.bytes();
   for (const Scratch& s : scratch) {
     total += s.state.bytes() + s.normed.bytes() + s.query.bytes() + s.mixed.bytes() + s.scores.bytes() +
-             s.half.bytes() + s.code.bytes() + s.sums.bytes() + s.floats.bytes();
+             s.query_code.bytes() + s.half.bytes() + s.code.bytes() + s.sums.bytes() + s.floats.bytes();
   }
   return total;
 }

@@ -22,6 +22,7 @@ struct Scratch {
   Array<float> state;   // one token, any width
   Array<float> normed;  // the same, after a linear's own norm
   Array<float> query, mixed, scores;
+  Array<int8_t> query_code;
   Array<uint16_t> half;
   Array<int8_t> code;  // one token's codes: the smallest step quantises in every thread, and needs no barrier
   Array<int32_t> sums;

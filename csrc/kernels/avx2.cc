@@ -37,9 +37,6 @@ struct Avx2 {
   static Reg load_f16(const uint16_t* p) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   }
-  static Reg load_i8(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
-  }
   static void store_f16(uint16_t* p, Reg x) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -58,6 +55,23 @@ struct Avx2 {
     x = _mm_max_ps(x, _mm_movehl_ps(x, x));
     return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
   }
+
+  static constexpr size_t kScoreSums = 8, kMixSums = 8;
+  static constexpr int32_t kCodeOffset = 0;
+  using Ints = __m256i;
+  static Ints ints(int32_t value) { return _mm256_set1_epi32(value); }
+  static Ints load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Ints four(const int8_t* p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, 4);
+    return _mm256_set1_epi32(quad);
+  }
+  // |cached| * (code with its sign): as in dot_i8 below, codes within 127 saturate nothing.
+  static Ints dot(Ints acc, Ints cached, Ints codes) {
+    const __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(cached), _mm256_sign_epi8(codes, cached));
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+  }
+  static Reg to_float(Ints a) { return _mm256_cvtepi32_ps(a); }
 };
 
 template <>
@@ -304,7 +318,7 @@ constexpr KernelTable kTable = {
     .rms_norm = rms_norm<Avx2>,
     .quantize = quantize<Avx2>,
     .gate = gate<Avx2>,
-    .attend = attend<Avx2, 4>,
+    .attend = attend<Avx2, 4, 2>,
     .widen = widen<Avx2>,
     .narrow_f16 = narrow_f16<Avx2>,
     .dense = dense<Avx2>,

@@ -37,9 +37,6 @@ struct Avx512 {
   static Reg load_f16(const uint16_t* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static Reg load_i8(const int8_t* p) {
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-  }
   static void store_f16(uint16_t* p, Reg x) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT));
   }
@@ -48,14 +45,27 @@ struct Avx512 {
   }
   static float sum(Reg a) { return _mm512_reduce_add_ps(a); }
   static float highest(Reg a) { return _mm512_reduce_max_ps(a); }
+
+  static constexpr size_t kScoreSums = 8, kMixSums = 16;
+  static constexpr int32_t kCodeOffset = 128;  // vpdpbusd wants one side unsigned
+  using Ints = __m512i;
+  static Ints ints(int32_t value) { return _mm512_set1_epi32(value); }
+  static Ints load_codes(const uint8_t* p) {
+    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
+  }
+  static Ints four(const int8_t* p) {
+    int32_t quad;
+    __builtin_memcpy(&quad, p, 4);
+    return _mm512_set1_epi32(quad);
+  }
+  static Ints dot(Ints acc, Ints cached, Ints codes) { return _mm512_dpbusd_epi32(acc, cached, codes); }
+  static Reg to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
 };
 
 template <>
 inline __m512 from_int<Avx512>(const int32_t* p) {
   return _mm512_cvtepi32_ps(_mm512_loadu_si512(p));
 }
-
-constexpr size_t kAttendTile = 8;  // query rows: 8 accumulators cover the latency of an fma, and leave registers
 
 // vpdpbusd multiplies unsigned by signed: weights are offset by 128, and 128 * sum(x) is taken off again.
 void dot_i8(const int8_t* weights, size_t rows, size_t k, const int8_t* high, const int8_t* low, int32_t* high_dot,
@@ -318,7 +328,7 @@ inline __m512i sum_of_fields(__m512i f0, __m512i f1, __m512i f2, __m512i f3) {
 
 #define BD_AVX512_FLOAT_KERNELS                                                                                       \
   .dequantize = dequantize<Avx512>, .rms_norm = rms_norm<Avx512>, .quantize = quantize<Avx512>, .gate = gate<Avx512>, \
-  .attend = attend<Avx512, kAttendTile>, .widen = widen<Avx512>, .narrow_f16 = narrow_f16<Avx512>,                    \
-  .dense = dense<Avx512>, .dot_i8 = dot_i8, .dot_i4 = dot_i4, .probe_int8 = probe_int8, .probe_read = probe_read
+  .attend = attend<Avx512, 8, 4>, .widen = widen<Avx512>, .narrow_f16 = narrow_f16<Avx512>, .dense = dense<Avx512>,   \
+  .dot_i8 = dot_i8, .dot_i4 = dot_i4, .probe_int8 = probe_int8, .probe_read = probe_read
 
 }  // namespace

@@ -2,7 +2,7 @@
 // tails and for the scalar room. Included by a room after its vector type; everything here is local to the room.
 //
 // V has: Reg, kWidth, set, load, store, add, sub, mul, div, max, fma (a * b + c), abs, round (to nearest, ties to
-// even), pow2 (2^n for integral n in [-126, 127]), load_bf16, load_f16, load_i8, store_f16, store_i8 (of integral
+// even), pow2 (2^n for integral n in [-126, 127]), load_bf16, load_f16, store_f16, store_i8 (of integral
 // values in int8's range), sum, highest. Loads and stores need no alignment. Rooms are compiled with -ffp-contract=off:
 // what is fused is said, so that a tail rounds as the vectors do.
 #pragma once
@@ -14,14 +14,15 @@ namespace {
 using bitdistill::Activation;
 using bitdistill::Attend;
 using bitdistill::Cache;
+using bitdistill::CacheLayout;
 using bitdistill::Dequantize;
 using bitdistill::Float;
 using bitdistill::kAttendRows;
+using bitdistill::kChunkKeys;
 using bitdistill::kInt4Group;
 using bitdistill::kInt4Rows;
 using bitdistill::kKeyBlock;
 using bitdistill::kRowBlock;
-using bitdistill::kScoreKeys;
 using bitdistill::Rounding;
 using bitdistill::SplitState;
 
@@ -88,13 +89,31 @@ struct Scalar {
     return bits_to_float(static_cast<uint32_t>(half) << 16);
   }
   static Reg load_f16(const uint16_t* p) { return f16_to_float(*p); }
-  static Reg load_i8(const int8_t* p) { return static_cast<float>(*p); }
   static void store_f16(uint16_t* p, Reg x) { *p = float_to_f16(x); }
   static void store_i8(int8_t* p, Reg x) {
     *p = static_cast<int8_t>(x > -128.0f ? (x < 127.0f ? x : 127.0f) : -128.0f);
   }
   static float sum(Reg a) { return a; }
   static float highest(Reg a) { return a; }
+
+  static constexpr size_t kScoreSums = 4, kMixSums = 4;
+  static constexpr int32_t kCodeOffset = 0;
+  struct Ints {
+    int32_t sum;
+    int8_t codes[4];
+  };
+  static Ints ints(int32_t value) { return {value, {}}; }
+  static Ints load_codes(const uint8_t* p) {
+    Ints quad{};
+    __builtin_memcpy(quad.codes, p, 4);
+    return quad;
+  }
+  static Ints four(const int8_t* p) { return load_codes(reinterpret_cast<const uint8_t*>(p)); }
+  static Ints dot(Ints acc, Ints cached, Ints codes) {
+    for (size_t i = 0; i < 4; ++i) acc.sum += cached.codes[i] * codes.codes[i];
+    return acc;
+  }
+  static Reg to_float(Ints a) { return static_cast<float>(a.sum); }
 };
 
 // Runs f.operator()<V>(i) over whole vectors of [0, n), then f.operator()<Scalar>(i) over the rest.

@@ -84,7 +84,36 @@ def test_attention_is_torchs(
         attn_mask=mask,
     ).transpose(0, 1)
     got = _core.attend(query.numpy(), key.numpy(), value.numpy(), dim**-0.5, isa=room, kv=form, window=window)
-    np.testing.assert_allclose(got, expected.numpy(), rtol=2e-5, atol=2e-5)
+    bound = 2e-5
+    if form == "int8":
+        # Queries and weights are split in two codes each: off by at most 1 / (127 * 254 * 2) of their peak. A score
+        # that is off by s scales its weight by e^s.
+        step, largest = 1 / (127 * 254 * 2), value.abs().max().item()
+        score_error = dim**-0.5 * query.abs().max().item() * step * key.abs().sum(-1).max().item()
+        bound += largest * (2 * score_error + 2 * min(positions, window or positions) * step)
+    np.testing.assert_allclose(got, expected.numpy(), rtol=2e-5, atol=bound)
+
+
+def test_attention_over_an_int8_cache_is_the_same_in_every_room() -> None:
+    """Products of codes are whole numbers; only exp and the last sums may round."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(33, 6, 64) * 3, torch.randn(600, 2, 64), torch.randn(600, 2, 64)
+    by_room = [
+        _core.attend(query.numpy(), key.numpy(), value.numpy(), 0.125, isa=room, kv="int8") for room in ROOMS
+    ]
+    for other in by_room[1:]:
+        np.testing.assert_allclose(other, by_room[0], rtol=1e-5, atol=2e-6)
+
+
+def test_attention_over_codes_at_their_ends(isa: str) -> None:
+    """Keys, values and queries at full scale and of one sign: no sum of a lane may overflow."""
+    query = np.full((1, 1, 256), 3.0, np.float32)
+    key = np.full((300, 1, 256), -2.0, np.float32)
+    value = np.where(np.arange(300) % 2 == 0, 5.0, -5.0).astype(np.float32)[:, None, None].repeat(256, axis=2)
+    got = _core.attend(query, key, value, 0.01, isa=isa, kv="int8")
+    np.testing.assert_allclose(got, 0, atol=5 * 300 / 64516)  # all scores are one: the mean of the values
+    got = _core.attend(query, key, np.abs(value), 0.01, isa=isa, kv="int8")
+    np.testing.assert_allclose(got, 5, rtol=1e-4)
 
 
 def test_attention_with_scores_far_apart(isa: str) -> None:
