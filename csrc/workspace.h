@@ -11,8 +11,8 @@
 namespace bitdistill {
 
 // Tokens that go through the layers together: activations of a chunk stay in the last-level cache, and weights are read
-// once for all of them.
-constexpr size_t kChunk = 256;
+// once for all of them. Whole tiles of the widest gemm: a rest of a few tokens costs nearly as much as a tile.
+constexpr size_t kChunk = 22 * kMaxTile;
 
 // Linears that read the same state (q, k, v) need up to three inputs, where each has a norm of its own.
 constexpr size_t kInputs = 3;
