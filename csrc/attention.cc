@@ -28,13 +28,18 @@ class AttentionPass {
         row_stride_(work.query_stride + 2 * work.key_stride) {}
 
   // Rotates the queries that read KV head `head`, and stores its key and value.
-  void store(size_t t, size_t head) {
+  void turn_and_store(size_t t, size_t head) {
     const size_t dim = config_.head_dim, group = config_.queries_per_key();
     for (size_t i = 0; i < group; ++i) {
       float* query = query_row(t) + (head * group + i) * dim;
       if (layer_.q_norm != nullptr) room_.rms_norm(query, layer_.q_norm, config_.rms_norm_eps, dim, query);
       turn(query, t);
     }
+    store(t, head);
+  }
+
+  void store(size_t t, size_t head) {
+    const size_t dim = config_.head_dim;
     float* key = query_row(t) + work_.query_stride + head * dim;
     if (layer_.k_norm != nullptr) room_.rms_norm(key, layer_.k_norm, config_.rms_norm_eps, dim, key);
     turn(key, t);
@@ -116,7 +121,7 @@ void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& wor
   if (!one_each) {
     worker.deal(chunk.size(), kTokensDealt, [&](Range tokens) {
       for (size_t t = tokens.begin; t < tokens.end; ++t) {
-        for (size_t head = 0; head < heads; ++head) pass.store(t, head);
+        for (size_t head = 0; head < heads; ++head) pass.turn_and_store(t, head);
       }
     });
     worker.barrier();
@@ -125,8 +130,17 @@ void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& wor
   worker.deal(heads * tiles, 1, [&](Range one) {
     const size_t head = one.begin / tiles;
     const Range tile = work.tiles[one.begin % tiles];
-    if (one_each) pass.store(tile.begin, head);
+    if (one_each) pass.turn_and_store(tile.begin, head);
     attend(head, tile);
+  });
+}
+
+void store_keys(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker) {
+  AttentionPass pass(model, layer, chunk, work, worker);
+  worker.deal(chunk.size(), kTokensDealt, [&](Range tokens) {
+    for (size_t t = tokens.begin; t < tokens.end; ++t) {
+      for (size_t head = 0; head < model.config().num_key_value_heads; ++head) pass.store(t, head);
+    }
   });
 }
 

@@ -13,6 +13,7 @@
 
 #include "bind_arrays.h"
 #include "dispatch.h"
+#include "label_head.h"
 #include "probe.h"
 #include "session.h"
 
@@ -133,6 +134,17 @@ nb::object decode_together(const std::vector<Session*>& sessions, const std::vec
   nb::list found;
   for (size_t s = 0; s < tokens.size(); ++s) found.append(nb::make_tuple(tokens[s], name_of(finish[s])));
   return found;
+}
+
+nb::object label_logits(LabelHead& head, const std::vector<Tokens>& texts) {
+  std::vector<std::span<const int32_t>> views;
+  for (const Tokens& text : texts) views.push_back(view(text));
+  FloatOut out({texts.size(), head.labels()});
+  {
+    const nb::gil_scoped_release release;
+    head.logits(views, out.data());
+  }
+  return out.cast();
 }
 
 nb::dict memory_of(const Model& model) {
@@ -294,6 +306,14 @@ void bind_session(nb::module_& m) {
           "truncate", [](Session& self, int64_t position) { self.truncate(not_negative("position", position)); },
           "position"_a)
       .def("forward_tapped", &forward_tapped, "tokens"_a);
+  nb::class_<LabelHead>(m, "LabelHead", nb::is_final())
+      .def(
+          "__init__",
+          [](LabelHead* self, std::shared_ptr<Model> model, const std::vector<int32_t>& labels, const std::string& kv) {
+            new (self) LabelHead(std::move(model), labels, cache_named(kv));
+          },
+          "model"_a, "labels"_a, nb::kw_only(), "kv"_a = "fp16")
+      .def("logits", &label_logits, "texts"_a);
   m.def("forward_together", &forward_together, "sessions"_a, "tokens"_a);
   m.def("decode_together", &decode_together, "sessions"_a, "samplers"_a, "max_new_tokens"_a,
         "stop"_a = std::vector<int32_t>());

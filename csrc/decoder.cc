@@ -123,10 +123,10 @@ size_t blocks_dealt(const Worker& worker, size_t blocks) {
 }
 
 // state += linear(input), or norm(linear(input)) in families that norm what they add. Ends with a barrier.
-void add_to_state(const Model& model, const Linear& linear, const float* norm, const Input& input, Workspace& work,
-                  Worker& worker) {
+void add_to_state(const Model& model, const Linear& linear, const float* norm, const Input& input, float* state,
+                  Workspace& work, Worker& worker) {
   const size_t blocks = linear.padded_rows() / kRowBlock;
-  float* out = (norm == nullptr ? work.state : work.addend).data();
+  float* out = norm == nullptr ? state : work.addend.data();
   worker.deal(blocks, blocks_dealt(worker, blocks), [&](Range part) {
     linear_rows(model.room(), linear, input, part, out, work.state_stride, norm == nullptr);
   });
@@ -136,24 +136,26 @@ void add_to_state(const Model& model, const Linear& linear, const float* norm, c
   worker.deal(input.tokens, kTokensDealt, [&](Range tokens) {
     for (size_t t = tokens.begin; t < tokens.end; ++t) {
       float* addend = work.addend.data() + t * work.state_stride;
-      float* state = work.state.data() + t * work.state_stride;
+      float* sum = state + t * work.state_stride;
       model.room().rms_norm(addend, norm, model.config().rms_norm_eps, width, addend);
-      for (size_t i = 0; i < width; ++i) state[i] += addend[i];
+      for (size_t i = 0; i < width; ++i) sum[i] += addend[i];
     }
   });
   worker.barrier();
 }
 
-// Queries, keys and values are one matrix to the threads: row blocks of all three are dealt together.
-void project_qkv(const Model& model, const Layer& layer, const LayerPass& pass, Workspace& work, Worker& worker) {
+// Queries, keys and values are one matrix to the threads: row blocks of all three are dealt together, or of the last
+// two.
+void project_qkv(const Model& model, const Layer& layer, const LayerPass& pass, bool queries, Workspace& work,
+                 Worker& worker) {
   const Linear* parts[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
-  const size_t stride = work.query_stride + 2 * work.key_stride;
+  const size_t stride = work.query_stride + 2 * work.key_stride, first_part = queries ? 0 : 1;
   const size_t places[] = {0, work.query_stride, work.query_stride + work.key_stride};
   size_t total = 0;
-  for (const Linear* part : parts) total += part->padded_rows() / kRowBlock;
+  for (size_t i = first_part; i < 3; ++i) total += parts[i]->padded_rows() / kRowBlock;
   worker.deal(total, blocks_dealt(worker, total), [&](Range part) {
     size_t before = 0;
-    for (size_t i = 0; i < 3; ++i) {
+    for (size_t i = first_part; i < 3; ++i) {
       const size_t blocks = parts[i]->padded_rows() / kRowBlock;
       const size_t begin = std::clamp(part.begin, before, before + blocks) - before;
       const size_t end = std::clamp(part.end, before, before + blocks) - before;
@@ -163,6 +165,17 @@ void project_qkv(const Model& model, const Layer& layer, const LayerPass& pass, 
       before += blocks;
     }
   });
+  worker.barrier();
+  work.end(Phase::qkv, worker);
+}
+
+// What attention reads, into work.qkv; without queries where nobody will ask.
+void read_state(const Model& model, const Layer& layer, float* state, bool queries, LayerPass& pass, Workspace& work,
+                Worker& worker) {
+  const Linear* const parts[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
+  pass.prepare(state, work.state_stride, layer.attention_norm, parts);
+  work.end(Phase::norm, worker);
+  project_qkv(model, layer, pass, queries, work, worker);
 }
 
 }  // namespace
@@ -195,57 +208,65 @@ void begin_chunk(const Config& config, Chunk chunk, Workspace& work) {
   }
 }
 
-void run_layers(const Model& model, Chunk chunk, Workspace& work, Worker& worker) {
+void embed(const Model& model, Chunk chunk, float* state, Workspace& work, Worker& worker) {
   const Config& config = model.config();
-  const KernelTable& room = model.room();
   worker.deal(chunk.size(), kTokensDealt, [&](Range tokens) {
     for (size_t t = tokens.begin; t < tokens.end; ++t) {
-      float* row = work.state.data() + t * work.state_stride;
-      table_row(room, model.embedding(), static_cast<size_t>(chunk[t].token), row);
+      float* row = state + t * work.state_stride;
+      table_row(model.room(), model.embedding(), static_cast<size_t>(chunk[t].token), row);
       if (config.embedding_scale == 1) continue;
       for (size_t i = 0; i < config.hidden_size; ++i) row[i] *= config.embedding_scale;
     }
   });
   worker.barrier();
   work.end(Phase::embed, worker);
+}
 
-  const size_t hidden_blocks = ceil_div(config.intermediate_size, kRowBlock);
+void run_layer(const Model& model, size_t index, Chunk chunk, float* state, Workspace& work, Worker& worker) {
+  const Config& config = model.config();
+  const Layer& layer = model.layers()[index];
   LayerPass pass(model, chunk, work, worker);
-  for (size_t i = 0; i < model.layers().size(); ++i) {
-    const Layer& layer = model.layers()[i];
-    const Linear* const reads_state[] = {&layer.q_proj, &layer.k_proj, &layer.v_proj};
-    pass.prepare(work.state.data(), work.state_stride, layer.attention_norm, reads_state);
-    work.end(Phase::norm, worker);
-    project_qkv(model, layer, pass, work, worker);
-    worker.barrier();
-    work.end(Phase::qkv, worker);
-    run_attention(model, i, chunk, work, worker);
-    worker.barrier();
-    work.end(Phase::attention, worker);
-    const Linear* const reads_attended[] = {&layer.o_proj};
-    pass.prepare(work.attended.data(), work.query_stride, nullptr, reads_attended);
-    work.end(Phase::norm, worker);
-    add_to_state(model, layer.o_proj, layer.attention_output_norm, pass.input(0), work, worker);
-    work.end(Phase::o_proj, worker);
-    const Linear* const reads_mlp[] = {&layer.gate_proj, &layer.up_proj};
-    pass.prepare(work.state.data(), work.state_stride, layer.mlp_norm, reads_mlp);
-    work.end(Phase::norm, worker);
-    worker.deal(hidden_blocks, blocks_dealt(worker, hidden_blocks), [&](Range part) {
-      gated_rows(room, config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), part,
-                 work.hidden.data(), work.hidden_stride);
-    });
-    worker.barrier();
-    work.end(Phase::gate_up, worker);
-    const Linear* const reads_hidden[] = {&layer.down_proj};
-    pass.prepare(work.hidden.data(), work.hidden_stride, nullptr, reads_hidden);
-    work.end(Phase::norm, worker);
-    add_to_state(model, layer.down_proj, layer.mlp_output_norm, pass.input(0), work, worker);
-    work.end(Phase::down_proj, worker);
-    if (work.taps != nullptr && worker.index() == 0) {
-      tap_states(work, "model.layers." + std::to_string(i), work.state.data(), chunk.size(), config.hidden_size,
-                 work.state_stride);
-    }
+  read_state(model, layer, state, true, pass, work, worker);
+  run_attention(model, index, chunk, work, worker);
+  worker.barrier();
+  work.end(Phase::attention, worker);
+  const Linear* const reads_attended[] = {&layer.o_proj};
+  pass.prepare(work.attended.data(), work.query_stride, nullptr, reads_attended);
+  work.end(Phase::norm, worker);
+  add_to_state(model, layer.o_proj, layer.attention_output_norm, pass.input(0), state, work, worker);
+  work.end(Phase::o_proj, worker);
+  const Linear* const reads_mlp[] = {&layer.gate_proj, &layer.up_proj};
+  pass.prepare(state, work.state_stride, layer.mlp_norm, reads_mlp);
+  work.end(Phase::norm, worker);
+  const size_t hidden_blocks = ceil_div(config.intermediate_size, kRowBlock);
+  worker.deal(hidden_blocks, blocks_dealt(worker, hidden_blocks), [&](Range part) {
+    gated_rows(model.room(), config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), part,
+               work.hidden.data(), work.hidden_stride);
+  });
+  worker.barrier();
+  work.end(Phase::gate_up, worker);
+  const Linear* const reads_hidden[] = {&layer.down_proj};
+  pass.prepare(work.hidden.data(), work.hidden_stride, nullptr, reads_hidden);
+  work.end(Phase::norm, worker);
+  add_to_state(model, layer.down_proj, layer.mlp_output_norm, pass.input(0), state, work, worker);
+  work.end(Phase::down_proj, worker);
+  if (work.taps != nullptr && worker.index() == 0) {
+    tap_states(work, "model.layers." + std::to_string(index), state, chunk.size(), config.hidden_size,
+               work.state_stride);
   }
+}
+
+void run_layers(const Model& model, Chunk chunk, Workspace& work, Worker& worker) {
+  embed(model, chunk, work.state.data(), work, worker);
+  for (size_t i = 0; i < model.layers().size(); ++i) run_layer(model, i, chunk, work.state.data(), work, worker);
+}
+
+void store_layer(const Model& model, size_t index, Chunk chunk, float* state, Workspace& work, Worker& worker) {
+  LayerPass pass(model, chunk, work, worker);
+  read_state(model, model.layers()[index], state, false, pass, work, worker);
+  store_keys(model, index, chunk, work, worker);
+  worker.barrier();
+  work.end(Phase::attention, worker);
 }
 
 void run_head(const Model& model, const float* states, size_t count, Workspace& work, float* normed, float* logits,

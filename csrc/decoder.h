@@ -26,6 +26,12 @@ void begin_chunk(const Config& config, Chunk chunk, Workspace& work);
 // Embedding and all layers: leaves the states before the last norm in work.state.
 void run_layers(const Model& model, Chunk chunk, Workspace& work, Worker& worker);
 
+// The same piece by piece, on states [tokens][work.state_stride] that lie elsewhere. Each ends with a barrier.
+void embed(const Model& model, Chunk chunk, float* state, Workspace& work, Worker& worker);
+void run_layer(const Model& model, size_t index, Chunk chunk, float* state, Workspace& work, Worker& worker);
+// Of a layer only what later tokens need of it: the chunk's keys and values.
+void store_layer(const Model& model, size_t index, Chunk chunk, float* state, Workspace& work, Worker& worker);
+
 // logits[t][0..V) of `count` states, [count][work.state_stride], a share of the vocabulary a thread. `normed` receives
 // the states after the last norm, [count][hidden_size]. Ends without a barrier.
 void run_head(const Model& model, const float* states, size_t count, Workspace& work, float* normed, float* logits,
@@ -33,6 +39,8 @@ void run_head(const Model& model, const float* states, size_t count, Workspace& 
 
 // One phase of the decoder, in attention.cc: rotates queries and keys, stores keys and values, attends.
 void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker);
+// Of it only the storing.
+void store_keys(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker);
 
 // In head.cc, also used on their own by tests.
 void table_row(const KernelTable& room, const DenseMatrix& table, size_t row, float* out);

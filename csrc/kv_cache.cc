@@ -18,8 +18,8 @@ CacheLayout layout_of(Cache form, size_t head_dim) {
 
 }  // namespace
 
-KvCache::KvCache(const Config& config, size_t context, Cache form)
-    : layers_(config.num_hidden_layers),
+KvCache::KvCache(const Config& config, size_t context, Cache form, size_t layers)
+    : layers_(layers),
       heads_(config.num_key_value_heads),
       head_dim_(config.head_dim),
       form_(form),

@@ -12,7 +12,10 @@ namespace bitdistill {
 
 class KvCache {
  public:
-  KvCache(const Config& config, size_t context, Cache form);
+  // `layers` below the model's: they take turns, and a layer finds what was last stored.
+  KvCache(const Config& config, size_t context, Cache form, size_t layers);
+  KvCache(const Config& config, size_t context, Cache form)
+      : KvCache(config, context, form, config.num_hidden_layers) {}
 
   // Points an attend call at one head of one layer.
   void show(size_t layer, size_t head, Attend& args) const;
@@ -25,7 +28,9 @@ class KvCache {
   uint64_t bytes(size_t positions) const;
 
  private:
-  uint8_t* place(size_t layer, size_t head) const { return pages_.data() + (layer * heads_ + head) * per_head_; }
+  uint8_t* place(size_t layer, size_t head) const {
+    return pages_.data() + (layer % layers_ * heads_ + head) * per_head_;
+  }
 
   size_t layers_, heads_, head_dim_;
   Cache form_;

@@ -96,8 +96,8 @@ class FixedScores:
     def __init__(self, scores: dict[tuple[int, ...], float]) -> None:
         self.scores = scores
 
-    def log_likelihoods(self, requests):
-        return [self.scores[tuple(continuation)] for _, continuation in requests]
+    def label_scores(self, prompts, labels):
+        return [[self.scores[tuple(label)] for label in labels] for _ in prompts]
 
 
 def test_the_first_label_wins_a_tie_and_length_is_not_normalised(tokenizer):

@@ -204,6 +204,23 @@ class Session:
         ``model.layers.<i>`` float32 ``[T, D]`` after each layer, ``model.norm`` after the last norm.
         """
 
+class LabelHead:
+    """Logits of a few tokens after texts, for classification; a session's to the bit, for less work and memory.
+
+    Holds keys and values of one layer at a time, computes the last layer for a text's last token alone, and of the head
+    only the labels' rows. Short texts share passes over the weights.
+    """
+
+    def __init__(self, model: Model, labels: Sequence[int], *, kv: str = "fp16") -> None:
+        """``labels``: token ids, at least one."""
+
+    def logits(self, texts: list[NDArray[np.int32]]) -> NDArray[np.float32]:
+        """``[len(texts), len(labels)]``: of each label as the token after each text.
+
+        Raises:
+            ValueError: an empty text, an id outside the vocabulary, more than fits the context.
+        """
+
 def forward_together(sessions: list[Session], tokens: list[NDArray[np.int32]]) -> NDArray[np.float32]:
     """Append tokens to several sequences of one model in one pass; logits ``[S, V]`` of the last token of each.
 

@@ -37,8 +37,10 @@ BATCH_TOKENS = 4096
 class Scorer(Protocol):
     """What evaluation needs of a model."""
 
-    def log_likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """``log p(continuation | context)`` for every ``(context ids, continuation ids)``."""
+    def label_scores(
+        self, prompts: Sequence[list[int]], labels: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """``log p(label | prompt)`` of every label after every prompt, up to a number of each prompt's own."""
         ...
 
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int) -> list[list[int]]:
@@ -65,8 +67,15 @@ class TorchScorer:
         self.end_id = tokenizer.eos_token_id
 
     def log_likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
-        """See ``Scorer``."""
+        """``log p(continuation | context)`` for every ``(context ids, continuation ids)``."""
         return [score for score, _ in self.scored(requests)]
+
+    def label_scores(
+        self, prompts: Sequence[list[int]], labels: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """See ``Scorer``; log-likelihoods."""
+        scores = self.log_likelihoods([(prompt, list(ids)) for prompt in prompts for ids in labels])
+        return [scores[i : i + len(labels)] for i in range(0, len(scores), len(labels))]
 
     @torch.inference_mode()
     def scored(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
@@ -177,11 +186,8 @@ def evaluate_classification(
     """Accuracy by label log-likelihood."""
     label_ids = [encoder.answer(label) for label in labels]
     prompts = encoder.prompts(examples, max(map(len, label_ids)))
-    scores = scorer.log_likelihoods([(prompt, ids) for prompt in prompts for ids in label_ids])
-    correct = []
-    for index, example in enumerate(examples):
-        row = scores[index * len(labels) : (index + 1) * len(labels)]
-        correct.append(row.index(max(row)) == example.label)
+    scores = scorer.label_scores(prompts, label_ids)
+    correct = [row.index(max(row)) == e.label for row, e in zip(scores, examples, strict=True)]
     return Evaluation.of("accuracy", correct)
 
 

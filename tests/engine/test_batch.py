@@ -12,7 +12,7 @@ from bitdistill.errors import EngineError
 from bitdistill.export import export
 
 LENGTHS = (1, 40, 300, 7, 20)
-"""Of the prompts: 368 tokens, so chunks of 256 end inside one."""
+"""Of the prompts: 368 tokens, so chunks of 264 end inside one."""
 
 
 def tokens(count: int, seed: int) -> np.ndarray:

@@ -63,6 +63,7 @@ class Engine:
         self.text = TextCodec(self.path)
         self.stop_tokens = packed.stop_tokens()
         self.core = packed.load(threads=threads or 0, mmap=mmap)
+        self.label_head: tuple[list[int], _core.LabelHead] | None = None
         self.load_s = time.perf_counter() - started
         self.vocab_size = int(packed.config["vocab_size"])
         self.max_context = int(packed.config["max_position_embeddings"])
@@ -174,10 +175,33 @@ class Engine:
 
     def classify(self, prompt: Prompt, labels: Sequence[str]) -> str:
         """The label with the highest score after the prompt; the first one on a tie."""
+        return self.classify_batch([prompt], labels)[0]
+
+    def classify_batch(self, prompts: Sequence[Prompt], labels: Sequence[str]) -> list[str]:
+        """``classify`` for several prompts at once; short ones share passes over the weights."""
         if not labels:
             raise EngineError("no labels to choose from")
-        scores = self.score(prompt, labels)
-        return labels[scores.index(max(scores))]
+        ids = [self.text.encode(label, special=False) for label in labels]
+        scores = self.label_scores([self.tokens_of(prompt) for prompt in prompts], ids)
+        return [labels[row.index(max(row))] for row in scores]
+
+    def label_scores(
+        self, prompts: Sequence[list[int]], labels: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Of each prompt, a score of each label by which labels compare.
+
+        Labels of one token each: their logits, for which only the labels' rows of the head and one layer's keys and
+        values are needed (``_core.LabelHead``). Otherwise log-likelihoods, as ``score`` has them.
+        """
+        if any(len(label) != 1 for label in labels):
+            return [self.log_likelihoods(prompt, [list(label) for label in labels]) for prompt in prompts]
+        ids = [label[0] for label in labels]
+        self.checked(ids)
+        texts = [np.array(self.checked(prompt), np.int32) for prompt in prompts]
+        if self.label_head is None or self.label_head[0] != ids:
+            self.label_head = ids, _core.LabelHead(self.core, ids, kv=self.kv_cache)
+        found: list[list[float]] = self.label_head[1].logits(texts).tolist()
+        return found
 
     def log_likelihoods(self, context: list[int], continuations: Sequence[list[int]]) -> list[float]:
         """``score`` on ids; the context is read once."""

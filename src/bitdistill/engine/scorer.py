@@ -8,6 +8,9 @@ import numpy as np
 from .. import _core
 from .engine import Engine
 
+LABEL_PIECE = 64
+"""Prompts between two looks at signals."""
+
 STOP_PIECE = 8
 """Tokens between two looks for a stop text."""
 
@@ -23,6 +26,13 @@ class EngineScorer:
     def log_likelihoods(self, requests: Sequence[tuple[list[int], list[int]]]) -> list[float]:
         """``log p(continuation | context)`` for every ``(context ids, continuation ids)``."""
         return [score for score, _ in self.scored(requests, greedy=False)]
+
+    def label_scores(
+        self, prompts: Sequence[list[int]], labels: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """See ``Engine.label_scores``; a piece of the prompts at a time, so that Ctrl-C is heard."""
+        pieces = [prompts[i : i + LABEL_PIECE] for i in range(0, len(prompts), LABEL_PIECE)]
+        return [row for piece in pieces for row in self.engine.label_scores(piece, labels)]
 
     def scored(
         self, requests: Sequence[tuple[list[int], list[int]]], *, greedy: bool = True
