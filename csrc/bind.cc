@@ -41,12 +41,12 @@ size_t not_negative(const char* what, int64_t value) {
 
 std::shared_ptr<Model> load(const std::optional<std::string>& path, const std::vector<TensorEntry>& tensors,
                             const Config& config, int64_t threads, bool mmap, const std::optional<std::string>& isa,
-                            uint64_t seed) {
+                            uint64_t seed, bool screened) {
   const KernelTable& room = select_room(isa, cpu_features(), true);
   const size_t count = not_negative("threads", threads);
   const nb::gil_scoped_release release;
   auto source = path ? open_file(*path, mmap) : random_source(seed);
-  return std::make_shared<Model>(std::move(source), tensors, config, room, count);
+  return std::make_shared<Model>(std::move(source), tensors, config, room, count, screened);
 }
 
 std::span<const int32_t> view(const Tokens& tokens) { return {tokens.data(), tokens.shape(0)}; }
@@ -156,6 +156,7 @@ nb::dict memory_of(const Model& model) {
   bytes["norms"] = m.norms;
   bytes["embedding"] = m.embedding;
   bytes["head"] = m.head;
+  bytes["screen"] = m.screen;
   bytes["mapped"] = m.mapped;
   return bytes;
 }
@@ -249,7 +250,7 @@ void bind_model(nb::module_& m) {
 
   nb::class_<Model>(m, "Model", nb::is_final())
       .def(nb::new_(&load), "path"_a.none(), "tensors"_a, "config"_a, nb::kw_only(), "threads"_a = 0, "mmap"_a = false,
-           "isa"_a = nb::none(), "seed"_a = 0)
+           "isa"_a = nb::none(), "seed"_a = 0, "screened"_a = false)
       .def_prop_ro("isa", [](const Model& self) { return std::string(self.room().name); })
       .def_prop_ro("threads", [](const Model& self) { return self.pool().size(); })
       .def_prop_ro("config", &describe_config)
@@ -290,6 +291,7 @@ void bind_session(nb::module_& m) {
              bytes["scratch"] = self.scratch_bytes();
              return bytes;
            })
+      .def_prop_ro("rescored_rows", &Session::rescored_rows)
       .def("start_profile", &Session::start_profile)
       .def_prop_ro("profile",
                    [](const Session& self) {

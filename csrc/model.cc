@@ -9,6 +9,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include "screen.h"
+
 namespace bitdistill {
 namespace {
 
@@ -323,12 +325,17 @@ class Loader {
 };
 
 Model::Model(std::unique_ptr<TensorSource> source, const std::vector<TensorEntry>& tensors, Config config,
-             const KernelTable& room, size_t threads)
+             const KernelTable& room, size_t threads, bool screened)
     : config_(std::move(config)), room_(room), source_(std::move(source)) {
   validate(config_);
   pool_ = std::make_unique<ThreadPool>(threads);
   Loader(*this, tensors).load();
+  if (!screened) return;
+  screen_ = std::make_unique<Screen>(room_, head_, *pool_);
+  memory_.screen = screen_->bytes();
 }
+
+Model::~Model() = default;
 
 uint64_t Model::decode_bytes(size_t context, Cache form) const {
   const uint64_t scale_bytes = form == Cache::i8 ? config_.num_key_value_heads * sizeof(float) : 0;
@@ -337,7 +344,7 @@ uint64_t Model::decode_bytes(size_t context, Cache form) const {
   for (const LayerAttention& layer : config_.attention) {
     kv += 2 * key_bytes * (layer.window == 0 ? context : std::min(context, layer.window));
   }
-  const uint64_t head = head_.rows * (head_.row_bytes() + head_.scale_bytes());
+  const uint64_t head = screen_ ? screen_->bytes() : head_.rows * (head_.row_bytes() + head_.scale_bytes());
   return memory_.ternary + memory_.scales + memory_.dense + memory_.norms + head + embedding_.row_bytes() + kv;
 }
 

@@ -76,14 +76,18 @@ struct Layer {
 };
 
 struct ModelMemory {
-  uint64_t ternary = 0, scales = 0, dense = 0, norms = 0, embedding = 0, head = 0, mapped = 0;
+  uint64_t ternary = 0, scales = 0, dense = 0, norms = 0, embedding = 0, head = 0, screen = 0, mapped = 0;
 };
+
+class Screen;
 
 class Model {
  public:
-  // Throws std::invalid_argument (contents), std::system_error (reading), std::bad_alloc.
+  // `screened`: greedy decoding reads an int8 copy of the head first (screen.h). Throws std::invalid_argument
+  // (contents), std::system_error (reading), std::bad_alloc.
   Model(std::unique_ptr<TensorSource> source, const std::vector<TensorEntry>& tensors, Config config,
-        const KernelTable& room, size_t threads);
+        const KernelTable& room, size_t threads, bool screened);
+  ~Model();
 
   const Config& config() const { return config_; }
   const KernelTable& room() const { return room_; }
@@ -91,9 +95,11 @@ class Model {
   const std::vector<Layer>& layers() const { return layers_; }
   const DenseMatrix& embedding() const { return embedding_; }
   const DenseMatrix& head() const { return head_; }
+  const Screen* screen() const { return screen_.get(); }  // null: none
   const float* final_norm() const { return final_norm_; }
   const ModelMemory& memory() const { return memory_; }
-  // Bytes that one decode step reads: weights, head, one embedding row, and the keys and values of `context` tokens.
+  // Bytes that one decode step reads: weights, head (the copy that screens it, if there is one), one embedding row, and
+  // the keys and values of `context` tokens.
   uint64_t decode_bytes(size_t context, Cache kv) const;
 
  private:
@@ -106,6 +112,7 @@ class Model {
   std::vector<Array<float>> floats_;
   std::vector<Layer> layers_;
   DenseMatrix embedding_, head_;
+  std::unique_ptr<Screen> screen_;
   const float* final_norm_ = nullptr;
   ModelMemory memory_;
 };

@@ -16,6 +16,7 @@ class Sampler {
 
   // Throws std::invalid_argument when no logit is finite.
   int32_t sample(const float* logits, size_t count);
+  bool is_greedy() const { return temperature_ == 0; }
 
  private:
   double uniform();  // in [0, 1)

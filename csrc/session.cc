@@ -31,7 +31,9 @@ Session::Session(std::shared_ptr<const Model> model, size_t context, Cache kv)
       context_(checked_context(*model_, context)),
       cache_(model_->config(), context_, kv),
       work_(model_->config(), model_->room(), model_->pool().size()),
-      logits_(model_->config().vocab_size) {}
+      logits_(model_->config().vocab_size) {
+  if (model_->screen() != nullptr) screen_.emplace(logits_.size(), model_->pool().size());
+}
 
 void Session::check(std::span<const int32_t> tokens) const {
   if (tokens.empty()) throw std::invalid_argument("no tokens: a text needs at least one");
@@ -85,6 +87,30 @@ void Session::feed_pending() {
   const int32_t token = *pending_;
   pending_.reset();
   feed_for_last({&token, 1});
+}
+
+int32_t Session::next_greedy() {
+  const int32_t fed = *pending_;
+  pending_.reset();
+  const Config& config = model_->config();
+  normed_.resize(std::max(normed_.size(), config.hidden_size));
+  int32_t token = -1;
+  feed({&fed, 1}, [&](Worker& worker, size_t, size_t) {
+    if (worker.index() == 0) {
+      model_->room().rms_norm(work_.state_of(0), model_->final_norm(), config.rms_norm_eps, config.hidden_size,
+                              normed_.data());
+    }
+    const int32_t found = model_->screen()->best(normed_.data(), *screen_, worker);
+    if (worker.index() == 0) token = found;
+  });
+  if (token < 0) complete_logits();
+  return token;
+}
+
+void Session::complete_logits() {
+  model_->pool().run(
+      [&](Worker& worker) { run_head(*model_, work_.state_of(0), 1, work_, normed_.data(), logits_.data(), worker); });
+  has_logits_ = true;
 }
 
 void Session::forward(std::span<const int32_t> tokens, bool all_positions, float* logits, Taps* taps) {
@@ -158,9 +184,16 @@ Finish Session::decode(Sampler& sampler, size_t max_new_tokens, std::span<const 
   if (!pending_ && !has_logits_) throw std::invalid_argument("nothing to continue: call forward with the prompt first");
   for (size_t i = 0; i < max_new_tokens; ++i) {
     if (position() >= context_) return Finish::context;
-    feed_pending();
-    const int32_t token = sampler.sample(logits_.data(), logits_.size());
-    if (std::find(stop.begin(), stop.end(), token) != stop.end()) return Finish::stop;
+    int32_t token = -1;
+    if (pending_ && screen_ && sampler.is_greedy()) token = next_greedy();
+    if (token < 0) {
+      feed_pending();
+      token = sampler.sample(logits_.data(), logits_.size());
+    }
+    if (std::find(stop.begin(), stop.end(), token) != stop.end()) {
+      if (!has_logits_) complete_logits();
+      return Finish::stop;
+    }
     out.push_back(token);
     pending_ = token;
     has_logits_ = false;

@@ -9,6 +9,7 @@
 
 #include "decoder.h"
 #include "sampler.h"
+#include "screen.h"
 
 namespace bitdistill {
 
@@ -47,6 +48,10 @@ class Session {
   // Counts the time of each phase from here on; what was counted before is forgotten.
   void start_profile();
   const std::optional<Profile>& profile() const { return profile_; }
+  // Of screened decoding: rows of the head that were scored in full, a token.
+  double rescored_rows() const {
+    return screen_ && screen_->tokens != 0 ? static_cast<double>(screen_->rescored) / screen_->tokens : 0;
+  }
 
  private:
   void check(std::span<const int32_t> tokens) const;
@@ -58,6 +63,10 @@ class Session {
   void run_chunk(Chunk chunk, const std::function<void(Worker&)>& after);
   void feed_for_last(std::span<const int32_t> tokens);
   void feed_pending();
+  // Feeds what is pending and takes the likeliest token; the logits stay uncomputed where a screen decides.
+  int32_t next_greedy();
+  // logits_ of the token fed last, whose state is still in the buffers.
+  void complete_logits();
   // Tokens of several sessions, in the buffers of this one; logits[s][V] of the last token of each.
   void feed_together(std::span<Session* const> sessions, std::span<const std::span<const int32_t>> tokens,
                      float* logits);
@@ -67,6 +76,7 @@ class Session {
   KvCache cache_;
   Workspace work_;
   std::optional<Profile> profile_;
+  std::optional<Screen::Pass> screen_;
   std::mutex mutex_;  // a second thread's call waits
   size_t stored_ = 0;
   std::optional<int32_t> pending_;  // generated, not yet fed

@@ -8,13 +8,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from bitdistill import Engine
+from bitdistill import Engine, _core
 from bitdistill.data.tasks import load_task
 from bitdistill.deploy import engine_record
-from bitdistill.engine.bench import run_bench
-from bitdistill.engine.shapes import SHAPES, ternary_weights
+from bitdistill.engine.bench import Measured, run_bench
+from bitdistill.engine.bench_worker import OwnModel
+from bitdistill.engine.facts import packed_facts
+from bitdistill.engine.loading import PackedModel
+from bitdistill.engine.shapes import SHAPES, random_model, ternary_weights, write_random
 from bitdistill.errors import ConfigError
 from bitdistill.recipe import load_recipe
 
@@ -22,6 +26,7 @@ RECORD = {
     "shape", "threads", "phase", "tokens", "batch", "tok_s", "roofline_share", "probe_gb_s", "probe_gmac_s",
     "head_bits",
     "kv", "weight_bits", "peak_rss_bytes", "first_token_s", "versus",
+    "samples", "disturbed_samples", "weight_bytes", "kv_bytes", "screening",
 }  # fmt: skip
 
 
@@ -144,6 +149,10 @@ def test_a_finished_student_is_recorded_beside_torch_and_full_precision(
         (("bench", "--shape", "gpt-5"), "--shape gpt-5: use one of"),
         (("bench", "--shape", "qwen3-0.6b", "--head", "int3"), "--head int3"),
         (("bench", "--shape", "qwen3-0.6b", "--threads", "0"), "--threads 0"),
+        (("bench", "--shape", "qwen3-0.6b", "--batch", "0"), "--batch 0"),
+        (("bench", "--shape", "qwen3-0.6b", "--labels", "0"), "--labels 0"),
+        (("bench", "--shape", "qwen3-0.6b", "--screening"), "leave one out"),
+        (("bench", "{packed}", "--vocabulary", "9"), "a model has its own"),
         (("bench", "--shape", "qwen3-0.6b", "--versus", "vllm"), "the one peer is llama.cpp"),
         (("bench", "{packed}", "--versus", "llama.cpp"), "name one"),
     ],
@@ -170,7 +179,7 @@ def test_bench_writes_records(packed: tuple) -> None:
 
 
 def test_a_profile_accounts_for_the_time_and_the_work(packed: tuple) -> None:
-    records = run_bench(packed[0], None, [1], kv="int8", profile=True)
+    records = run_bench(packed[0], None, [1], Measured(kv="int8", profile=True))
     for record in records:
         assert record["kv"] == "int8"
         profile = record["profile"]
@@ -180,6 +189,34 @@ def test_a_profile_accounts_for_the_time_and_the_work(packed: tuple) -> None:
         bound = {name for name, phase in profile.items() if phase["roofline_share"] is not None}
         assert bound == (linears if record["phase"] == "prefill" else linears | {"head"})
         assert all(profile[name]["roofline_share"] > 0 for name in bound)
+
+
+def test_bench_measures_batches_loading_and_classification(packed: tuple) -> None:
+    folder, _ = packed
+    records = run_bench(folder, None, [1], Measured(batches=(3,), load=True))
+    batch, load = records[-2:]
+    assert (batch["phase"], batch["batch"], batch["versus"]["name"]) == ("decode", 3, "batch 1")
+    assert batch["kv_bytes"] > 2 * records[1]["kv_bytes"]  # three texts
+    assert (load["phase"], load["roofline_share"]) == ("load", None)
+    assert load["first_token_s"] > 0
+    parts = packed_facts(folder)["bytes_by_part"]
+    assert load["weight_bytes"] == pytest.approx(sum(parts.values()), rel=0.1)  # norms and rows are padded
+    with pytest.raises(ConfigError, match="context is too short"):
+        run_bench(folder, None, [1], Measured(labels=2))
+    worker = OwnModel(str(folder), None, 1, head="int8", kv="int8", labels=2)
+    assert worker.answer({"classify": 20})["seconds"] > 0
+    assert worker.answer({"memory": True})["kv_bytes"] == 0  # no session
+
+
+def test_a_random_file_has_the_shape_s_sizes_and_loads(tmp_path: Path) -> None:
+    shape = SHAPES["qwen3-0.6b"] | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    for head in ("bf16", "int8", "int4"):
+        folder = write_random(tmp_path / head, shape | {"vocab_size": 100}, head)
+        model = PackedModel.open(folder).load(threads=1)
+        made = random_model(shape | {"vocab_size": 100}, head, threads=1)
+        assert model.memory() == made.memory()
+        logits = _core.Session(model).forward(np.arange(5, dtype=np.int32))
+        assert np.isfinite(logits).all() and logits.std() > 0
 
 
 def test_shapes_have_the_published_sizes() -> None:

@@ -108,12 +108,14 @@ class Model:
         mmap: bool = False,
         isa: str | None = None,
         seed: int = 0,
+        screened: bool = False,
     ) -> None:
         """Load. ``threads`` 0: one for each CPU this process may use. ``isa`` None: ``BITDISTILL_ISA`` or the best.
 
         ``mmap``: use the file's pages in place where the room's order is the file's; checksums are then not checked,
         and the file must not change while the model lives. ``path`` None: random weights of these shapes, for
-        measurements; offsets do not count, ``seed`` decides.
+        measurements; offsets do not count, ``seed`` decides. ``screened``: greedy decoding reads an int8 copy of the
+        bf16 or f32 head first, and finds the same tokens.
         """
 
     @property
@@ -124,7 +126,7 @@ class Model:
     def config(self) -> dict[str, Any]: ...
     def memory(self) -> dict[str, int]:
         """Bytes by part: ``ternary``, ``scales``, ``dense`` (skipped linears), ``norms`` (and biases), ``embedding``,
-        ``head`` (0 when tied), ``mapped`` (of all these, file pages)."""
+        ``head`` (0 when tied), ``screen`` (the copy that screens the head), ``mapped`` (of all these, file pages)."""
 
     def decode_bytes(self, context: int = 0, kv: str = "fp16") -> int:
         """Bytes that one decode step reads from memory: weights, head, and an fp16 KV cache of ``context`` tokens."""
@@ -161,6 +163,10 @@ class Session:
     def profile(self) -> dict[str, float]:
         """Seconds of forward passes by phase: embed, norm (with quantisation), qkv, attention, o_proj, gate_up,
         down_proj, head. Empty before ``start_profile``."""
+
+    @property
+    def rescored_rows(self) -> float:
+        """Of screened decoding: rows of the head that were scored in full, a token."""
 
     @property
     def position(self) -> int:

@@ -18,6 +18,12 @@ if TYPE_CHECKING:
 ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder that `bitdistill export` wrote.")]
 Threads = Annotated[int | None, typer.Option(help="Worker threads; one for each CPU if not given.")]
 Mmap = Annotated[bool, typer.Option("--mmap", help="Share the file's pages instead of copying them.")]
+Screening = Annotated[
+    bool,
+    typer.Option(
+        "--screening", help="Greedy decoding by an int8 copy of a bf16 head: the same text, faster."
+    ),
+]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", help="Most tokens to write.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
 TopK = Annotated[int, typer.Option("--top-k", help="Only the k likeliest tokens; 0 for all.")]
@@ -46,13 +52,14 @@ def generate(
     threads: Threads = None,
     kv_cache: KvCache = "fp16",
     mmap: Mmap = False,
+    screening: Screening = False,
     json_path: JsonFile = None,
 ) -> None:
     """Continue a text with an exported model, on the CPU."""
     from .engine import Conversation, Engine
 
     text = sys.stdin.read() if prompt == "-" else prompt
-    engine = Engine(model, threads=threads, kv_cache=kv_cache, mmap=mmap)
+    engine = Engine(model, threads=threads, kv_cache=kv_cache, mmap=mmap, screening=screening)
     conversation = Conversation(engine)
     pieces = conversation.stream(
         [{"role": "user", "content": text}] if chat_ else text,
@@ -83,12 +90,13 @@ def chat(
     threads: Threads = None,
     kv_cache: KvCache = "fp16",
     mmap: Mmap = False,
+    screening: Screening = False,
     json_path: JsonFile = None,
 ) -> None:
     """Talk to an exported model. An empty line or end of input ends the chat; --json keeps it."""
     from .engine import Conversation, Engine
 
-    engine = Engine(model, threads=threads, kv_cache=kv_cache, mmap=mmap)
+    engine = Engine(model, threads=threads, kv_cache=kv_cache, mmap=mmap, screening=screening)
     if not engine.text.has_chat_template:
         raise ConfigError(f"{model}: this model has no chat template; use: bitdistill generate")
     conversation = Conversation(engine)
@@ -150,6 +158,19 @@ def bench(
         str, typer.Option(help="With --shape: form of embedding and head, bf16, int8 or int4.")
     ] = "int8",
     kv_cache: KvCache = "fp16",
+    screening: Screening = False,
+    vocabulary: Annotated[
+        int | None, typer.Option(help="With --shape: of a trimmed vocabulary, this many tokens.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(help="Also decode so many sequences together; repeatable.")
+    ] = None,
+    labels: Annotated[
+        int | None, typer.Option(help="Classification alone: logits of so many tokens after a text.")
+    ] = None,
+    load: Annotated[
+        bool, typer.Option("--load", help="Also time loading a file in the page cache, to the first token.")
+    ] = False,
     profile: Annotated[bool, typer.Option("--profile", help="Also show where the time goes.")] = False,
     versus: Annotated[
         str | None, typer.Option(help="llama.cpp: the same shape in turns with a peer.")
@@ -157,21 +178,40 @@ def bench(
     json_path: JsonFile = None,
 ) -> None:
     """Measure prefill and decode beside the machine's roofline of the same moment."""
-    from .engine.bench import run_bench
+    from .engine.bench import Measured, run_bench
 
-    records = run_bench(model, shape, threads or [], head=head, kv=kv_cache, profile=profile, versus=versus)
+    records = run_bench(
+        model,
+        shape,
+        threads or [],
+        Measured(
+            head=head,
+            kv=kv_cache,
+            screening=screening,
+            vocabulary=vocabulary,
+            batches=tuple(batch or ()),
+            labels=labels,
+            load=load,
+            profile=profile,
+        ),
+        versus=versus,
+    )
     for r in records:
-        v = r["versus"]
-        peer = f"  {v['ratio']:.2f}x {v['name']} {v['format']}" if v else ""
-        console.print(
-            f"{r['shape']}  {r['threads']} threads  {r['phase']} {r['tokens']}: {r['tok_s']:.1f} tokens/s, "
-            f"{100 * r['roofline_share']:.0f} % of the roofline{peer}",
-            highlight=False,
-            soft_wrap=True,
-        )
+        console.print(_bench_line(r), highlight=False, soft_wrap=True)
         if "profile" in r:
             console.print(_profile_table(r["profile"]))
     write_json_to(json_path, records)
+
+
+def _bench_line(r: dict[str, Any]) -> str:
+    what = f"{r['shape']}  {r['threads']} threads  {r['phase']} {r['tokens']}"
+    if r["phase"] == "load":
+        return f"{what}: first token after {r['first_token_s']:.2f} s"
+    if r["batch"] > 1:
+        what += f" x {r['batch']}"
+    line = f"{what}: {r['tok_s']:.1f} tokens/s, {100 * r['roofline_share']:.0f} % of the roofline"
+    v = r["versus"]
+    return f"{line}  {v['ratio']:.2f}x {v['name']} {v['format'] or ''}".rstrip() if v else line
 
 
 def _profile_table(profile: dict[str, dict[str, float | None]]) -> "Table":

@@ -1,7 +1,9 @@
 """``bitdistill bench``: prefill and decode beside the roofline of the same moment, and in turns with a peer.
 
     prefill:  roofline_share = tok_s * ternary weights / probed int8 multiply-adds a second
-    decode:   roofline_share = tok_s * bytes read for a token / probed bytes a second
+    decode:   roofline_share = tok_s / batch * bytes read for a token / probed bytes a second
+    classify: label logits after a text, as prefill
+    load:     first_token_s of a fresh process, from opening the file to the first token after LOAD_PROMPT tokens
 
 Embedding, head, norms and attention are part of the measured time. The machine is probed before and after every sample,
 since the bandwidth of a shared machine doubles and halves within seconds; decoding is therefore sampled in slices of
@@ -12,6 +14,7 @@ while others are left.
 import logging
 import os
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
@@ -22,11 +25,13 @@ from typing import Any
 from ..errors import ConfigError
 from .bench_process import Process
 from .bench_worker import DECODE_PROMPT
-from .shapes import HEADS, find_shape
+from .shapes import HEADS, find_shape, write_random
 
 logger = logging.getLogger(__name__)
 
-PHASES = (("prefill", 128), ("prefill", 512), ("decode", 128))
+PHASES = (("prefill", 128, 1), ("prefill", 512, 1), ("decode", 128, 1))
+CLASSIFY_TOKENS = 512
+LOAD_PROMPT = 8
 DECODE_SLICE = 16
 MOST_ROUNDS, LEAST_ROUNDS = 7, 2
 BUDGET_S = 200.0
@@ -36,61 +41,151 @@ PROFILE_RUNS = 5
 PEER_FORMATS = ("TQ2_0", "BF16")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What is measured; ``head`` and ``vocabulary`` are for a shape."""
+
+    head: str = "int8"
+    kv: str = "fp16"
+    screening: bool = False
+    vocabulary: int | None = None
+    batches: tuple[int, ...] = ()
+    labels: int | None = None
+    load: bool = False
+    profile: bool = False
+
+    def phases(self) -> tuple[tuple[str, int, int], ...]:
+        """Phase, tokens and sequences of each record."""
+        if self.labels is not None:
+            return (("classify", CLASSIFY_TOKENS, 1),)
+        return PHASES + tuple(("decode", 128, batch) for batch in self.batches)
+
+
 def run_bench(
     model: Path | None,
     shape: str | None,
     threads: Sequence[int] = (),
+    measured: Measured = Measured(),
     *,
-    head: str = "int8",
-    kv: str = "fp16",
-    profile: bool = False,
     versus: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure a model or a shape at each number of threads; one record per phase, and per format of the peer.
 
-    ``head`` is for a shape; ``kv`` the form of the cache; ``profile`` adds where the time of a phase goes.
-
     Raises:
-        ConfigError: not exactly one of ``model`` and ``shape``, an unknown shape or peer, impossible threads.
+        ConfigError: not exactly one of ``model`` and ``shape``, an unknown shape or peer, impossible numbers.
         EngineError: a measuring process failed.
     """
     if (model is None) == (shape is None):
         raise ConfigError("name an exported model or a --shape, not both and not neither")
     if shape is not None:
         find_shape(shape)
-    if head not in HEADS:
-        raise ConfigError(f"--head {head}: use one of {', '.join(HEADS)}")
-    if any(count < 1 or count > 1024 for count in threads):
-        raise ConfigError(f"--threads {min(threads)}: use 1 to 1024")
+    elif measured.vocabulary is not None:
+        raise ConfigError("--vocabulary is for a --shape; a model has its own")
+    if measured.screening and shape is not None and measured.head != "bf16":
+        raise ConfigError(
+            f"--screening spares reading most of a bf16 head, not of --head {measured.head}; leave one out"
+        )
+    if measured.head not in HEADS:
+        raise ConfigError(f"--head {measured.head}: use one of {', '.join(HEADS)}")
+    for option, values, most in (
+        ("--threads", threads, 1024),
+        ("--batch", measured.batches, 256),
+        ("--labels", [1 if measured.labels is None else measured.labels], 1024),
+        ("--vocabulary", [1 if measured.vocabulary is None else measured.vocabulary], 1 << 20),
+    ):
+        if any(not 1 <= value <= most for value in values):
+            raise ConfigError(f"{option} {min(values)}: use 1 to {most}")
     if versus is not None:
         _check_peer(versus, shape)
     counts = list(threads) or _all_threads()
-    name = shape or str(model)
-    records = []
     budget = BUDGET_S / (len(counts) * len(PHASES))
+    records: list[dict[str, Any]] = []
     for count in counts:
-        options = {"model": str(model) if model else None, "shape": shape, "threads": count}
-        options |= {"head": head, "kv": kv}
         for form in PEER_FORMATS if versus else (None,):
             with ExitStack() as processes:
-                probe = processes.enter_context(Process("bench_probe", {"threads": count}))
-                own = processes.enter_context(Process("bench_worker", options))
-                logger.info("%s, %d threads: loaded in %.2f s", name, count, own.facts["load_s"])
-                peer = None
-                if form is not None:
-                    peer_options = {"shape": shape, "threads": count, "form": form}
-                    peer = processes.enter_context(Process("bench_peer", peer_options))
-                for phase, tokens in PHASES:
-                    if tokens >= own.facts["max_context"] - DECODE_PROMPT:
-                        continue
-                    samples = list(_samples(own, peer, probe, phase, tokens, budget))
-                    record = _record(own, phase, tokens, samples)
-                    if profile:
-                        record["profile"] = _profile(own, probe, phase, tokens)
-                    if peer is not None:
-                        record["versus"] = _versus(form, record["tok_s"], samples)
-                    records.append({"shape": name, "threads": count} | record)
+                records += _measure(model, shape, count, measured, form, budget, processes)
+        if measured.load:
+            records.append(_load(model, shape, count, measured))
+    if not records:
+        raise ConfigError(f"{model}: its context is too short for anything that is measured")
     return records
+
+
+def _measure(
+    model: Path | None,
+    shape: str | None,
+    threads: int,
+    measured: Measured,
+    form: str | None,
+    budget: float,
+    processes: ExitStack,
+) -> Iterator[dict[str, Any]]:
+    """The records of one number of threads beside one format of the peer."""
+    name = shape or str(model)
+    probe = processes.enter_context(Process("bench_probe", {"threads": threads}))
+    own = processes.enter_context(Process("bench_worker", _options(model, shape, threads, measured)))
+    logger.info("%s, %d threads: loaded in %.2f s", name, threads, own.facts["load_s"])
+    peer = None
+    if form is not None:
+        peer_options = {"shape": shape, "threads": threads, "form": form}
+        peer = Side("llama.cpp", form, processes.enter_context(Process("bench_peer", peer_options)))
+    for phase, tokens, batch in measured.phases():
+        if tokens >= own.facts["max_context"] - DECODE_PROMPT:
+            continue
+        rival = peer if batch == 1 else Side("batch 1", None, own)
+        samples = list(_samples(own, rival, probe, phase, tokens, batch, budget))
+        record = _record(own, phase, tokens, batch, samples)
+        if measured.profile and batch == 1 and phase != "classify":
+            record["profile"] = _profile(own, probe, phase, tokens)
+        if rival is not None:
+            record["versus"] = _versus(rival, batch, samples)
+        yield {"shape": name, "threads": threads} | record
+
+
+def _options(model: Path | None, shape: str | None, threads: int, measured: Measured) -> dict[str, Any]:
+    return {
+        "model": str(model) if model else None,
+        "shape": shape,
+        "threads": threads,
+        "head": measured.head,
+        "kv": measured.kv,
+        "screening": measured.screening,
+        "vocabulary": measured.vocabulary,
+        "labels": measured.labels,
+    }
+
+
+def _load(model: Path | None, shape: str | None, threads: int, measured: Measured) -> dict[str, Any]:
+    """The record of loading: a process of its own each time, the file in the page cache."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = model
+        if path is None:
+            assert shape is not None
+            settings = find_shape(shape)
+            if measured.vocabulary:
+                settings = settings | {"vocab_size": measured.vocabulary}
+            path = write_random(Path(folder) / "model", settings, measured.head)
+        seconds = []
+        for _ in range(MOST_ROUNDS + 1):
+            with Process("bench_worker", _options(path, None, threads, measured)) as own:
+                seconds.append(own.facts["load_s"] + own.ask(prefill=LOAD_PROMPT)["first_token_s"])
+                facts, memory = own.facts, own.ask(memory=True)
+    first_token_s = statistics.median(seconds[1:])  # the first round fills the page cache
+    return {
+        "shape": shape or str(model),
+        "threads": threads,
+        "phase": "load",
+        "tokens": LOAD_PROMPT,
+        "batch": 1,
+        "tok_s": LOAD_PROMPT / first_token_s,
+        "roofline_share": None,
+        "head_bits": facts["head_bits"],
+        "kv": facts["kv"],
+        "weight_bits": facts["weight_bits"],
+        **memory,
+        "first_token_s": first_token_s,
+        "versus": None,
+    }
 
 
 def _all_threads() -> list[int]:
@@ -100,49 +195,61 @@ def _all_threads() -> list[int]:
 
 
 @dataclass(frozen=True)
+class Side:
+    """What a measurement is held against: a peer, or the same model on one sequence."""
+
+    name: str
+    form: str | None
+    process: Process
+
+
+@dataclass(frozen=True)
 class _Sample:
-    """One measurement of ``tokens`` tokens, beside the peer's of the same moment."""
+    """One measurement of ``tokens`` tokens, beside the other side's of the same moment."""
 
     tokens: int
     own: dict[str, Any]
-    peer: dict[str, Any] | None
+    other: dict[str, Any] | None
     gb_s: float
     gmac_s: float
     first_token_s: float
 
 
 def _samples(
-    own: Process, peer: Process | None, probe: Process, phase: str, tokens: int, budget: float
+    own: Process, rival: Side | None, probe: Process, phase: str, tokens: int, batch: int, budget: float
 ) -> Iterator[_Sample]:
     """Rounds of all ``tokens``, A B A B, until the budget is spent."""
-    sides = [side for side in (own, peer) if side is not None]
-    for side in sides:  # pages and clocks wake up
-        side.ask(prefill=min(tokens, DECODE_PROMPT))
+    together = {"batch": batch} if batch > 1 else {}
+    first = {"classify": DECODE_PROMPT} if phase == "classify" else {"prefill": DECODE_PROMPT}
+    for side in [own] + ([rival.process] if rival else []):  # pages and clocks wake up
+        side.ask(**first)
     started = time.monotonic()
     before = probe.ask()
     rounds = 0
     while rounds < LEAST_ROUNDS or (rounds < MOST_ROUNDS and time.monotonic() - started < budget):
         rounds += 1
-        request, sizes = {"prefill": tokens}, [tokens]
+        request, sizes = {phase: tokens}, [tokens]
         if phase == "decode":
-            read = [side.ask(prefill=DECODE_PROMPT) for side in sides]
+            read = own.ask(prefill=DECODE_PROMPT, **together)
+            if rival and rival.process is not own:
+                rival.process.ask(prefill=DECODE_PROMPT)
             request, sizes = {"decode": DECODE_SLICE}, [DECODE_SLICE] * (tokens // DECODE_SLICE)
         for size in sizes:
-            ours = own.ask(**request)
+            ours = own.ask(**request, **together)
             after = probe.ask()
-            theirs = peer.ask(**request) if peer is not None else None
+            theirs = rival.process.ask(**request) if rival is not None else None
             yield _Sample(
                 size,
                 ours,
                 theirs,
                 gb_s=(before["gb_s"] + after["gb_s"]) / 2,
                 gmac_s=(before["gmac_s"] + after["gmac_s"]) / 2,
-                first_token_s=(read[0] if phase == "decode" else ours)["first_token_s"],
+                first_token_s=(read if phase == "decode" else ours)["first_token_s"],
             )
-            before = probe.ask() if peer is not None else after
+            before = probe.ask() if rival is not None else after
 
 
-def _record(own: Process, phase: str, tokens: int, samples: list[_Sample]) -> dict[str, Any]:
+def _record(own: Process, phase: str, tokens: int, batch: int, samples: list[_Sample]) -> dict[str, Any]:
     facts = own.facts
     clean = [s for s in samples if s.own["cpu_share"] >= UNDISTURBED]
     if not clean:
@@ -150,23 +257,26 @@ def _record(own: Process, phase: str, tokens: int, samples: list[_Sample]) -> di
         clean = samples
 
     def share(sample: _Sample) -> float:
-        tok_s = sample.tokens / sample.own["seconds"]
-        if phase == "prefill":
-            return float(tok_s * facts["ternary_weights"] / (sample.gmac_s * 1e9))
-        return float(tok_s * facts["decode_bytes"] / (sample.gb_s * 1e9))
+        steps_s = sample.tokens / sample.own["seconds"]
+        if phase == "decode":
+            return float(steps_s * facts["decode_bytes"] / (sample.gb_s * 1e9))
+        return float(steps_s * facts["ternary_weights"] / (sample.gmac_s * 1e9))
 
     return {
         "phase": phase,
         "tokens": tokens,
-        "batch": 1,
-        "tok_s": statistics.median(s.tokens / s.own["seconds"] for s in clean),
+        "batch": batch,
+        "tok_s": statistics.median(batch * s.tokens / s.own["seconds"] for s in clean),
         "roofline_share": statistics.median(map(share, clean)),
         "probe_gb_s": statistics.median(s.gb_s for s in clean),
         "probe_gmac_s": statistics.median(s.gmac_s for s in clean),
+        "samples": len(clean),
+        "disturbed_samples": len(samples) - len(clean),
         "head_bits": facts["head_bits"],
         "kv": facts["kv"],
         "weight_bits": facts["weight_bits"],
-        "peak_rss_bytes": own.ask(memory=True)["peak_rss_bytes"],
+        "screening": facts["screening"],
+        **own.ask(memory=True),
         "first_token_s": statistics.median(s.first_token_s for s in clean),
         "versus": None,
     }
@@ -196,11 +306,17 @@ def _profile(own: Process, probe: Process, phase: str, tokens: int) -> dict[str,
     }
 
 
-def _versus(form: str | None, tok_s: float, samples: list[_Sample]) -> dict[str, Any]:
-    theirs = [(s.tokens, s.peer) for s in samples if s.peer is not None]
-    clean = [(n, p) for n, p in theirs if p["cpu_share"] >= UNDISTURBED] or theirs
-    peer_tok_s = statistics.median(n / p["seconds"] for n, p in clean)
-    return {"name": "llama.cpp", "format": form, "tok_s": peer_tok_s, "ratio": tok_s / peer_tok_s}
+def _versus(rival: Side, batch: int, samples: list[_Sample]) -> dict[str, Any]:
+    """Median speed of the other side, and the median ratio of neighbouring samples."""
+    pairs = [(s, s.other) for s in samples if s.other is not None]
+    clean = [(s, o) for s, o in pairs if min(s.own["cpu_share"], o["cpu_share"]) >= UNDISTURBED] or pairs
+    return {
+        "name": rival.name,
+        "format": rival.form,
+        "tok_s": statistics.median(s.tokens / o["seconds"] for s, o in clean),
+        "ratio": statistics.median(batch * o["seconds"] / s.own["seconds"] for s, o in clean),
+        "pairs": len(clean),
+    }
 
 
 def _check_peer(versus: str, shape: str | None) -> None:

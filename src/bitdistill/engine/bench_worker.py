@@ -1,8 +1,9 @@
 """This package's engine as the benchmark drives it; see ``bench_process`` for the protocol.
 
-{"prefill": n}    ->  {"seconds", "first_token_s", "cpu_share"}   a new text of n random tokens
-{"decode": n}     ->  {"seconds", "cpu_share"}                    n more tokens of it
-{"memory": true}  ->  {"peak_rss_bytes"}
+{"prefill": n, "batch": b}  ->  {"seconds", "first_token_s", "cpu_share"}   b new texts of n random tokens
+{"decode": n, "batch": b}   ->  {"seconds", "cpu_share"}                    n more tokens of the first b of them
+{"classify": n}   ->  {"seconds", "first_token_s", "cpu_share"}   label logits after a text of n random tokens
+{"memory": true}  ->  {"peak_rss_bytes", "weight_bytes", "kv_bytes"}
 {"profile": "prefill" or "decode", "tokens": n}  ->  {"seconds": {phase: s}, "work": {phase: multiply-adds or bytes}}
 """
 
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .. import _core
 from ..layout import packed_shape
@@ -24,23 +26,33 @@ DECODE_PROMPT = 16
 
 
 class OwnModel:
-    """A model and the text it is at."""
+    """A model and the texts it is at."""
 
-    def __init__(self, model: str | None, shape: str | None, threads: int, head: str, kv: str) -> None:
+    def __init__(
+        self,
+        model: str | None,
+        shape: str | None,
+        threads: int,
+        head: str,
+        kv: str,
+        screening: bool = False,
+        vocabulary: int | None = None,
+        labels: int | None = None,
+    ) -> None:
         started = time.perf_counter()
         if model is not None:
             packed = PackedModel.open(Path(model))
             self.shape = packed.config
-            self.core = packed.load(threads=threads)
+            self.core = packed.load(threads=threads, screened=screening)
         else:
             assert shape is not None
-            self.shape = find_shape(shape)
-            self.core = random_model(self.shape, head, threads=threads)
+            self.shape = find_shape(shape) | ({"vocab_size": vocabulary} if vocabulary else {})
+            self.core = random_model(self.shape, head, threads=threads, screened=screening)
         self.load_s = time.perf_counter() - started
         self.rng = np.random.default_rng(0)
-        self.sampler = _core.Sampler()
         self.kv = kv
-        self.session = _core.Session(self.core, kv=kv)
+        self.sessions: list[_core.Session] = []
+        self.labels = None if labels is None else _core.LabelHead(self.core, list(range(labels)), kv=kv)
 
     def facts(self) -> dict[str, Any]:
         """What does not change from sample to sample."""
@@ -51,6 +63,7 @@ class OwnModel:
             "load_s": self.load_s,
             "isa": self.core.isa,
             "kv": self.kv,
+            "screening": self.core.memory()["screen"] > 0,
             "max_context": self.shape["max_position_embeddings"],
             "ternary_weights": weights,
             "weight_bits": round(8 * memory["ternary"] / weights, 3),
@@ -61,39 +74,62 @@ class OwnModel:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """One request of the protocol."""
         if "memory" in request:
-            return {"peak_rss_bytes": _core.memory_usage()["peak_resident"]}
+            parts = self.core.memory()
+            return {
+                "peak_rss_bytes": _core.memory_usage()["peak_resident"],
+                "weight_bytes": sum(parts.values()) - parts["mapped"],
+                "kv_bytes": sum(session.memory()["kv_cache"] for session in self.sessions),
+            }
         if "profile" in request:
             return self._profile(request["profile"], request["tokens"])
+        if "classify" in request:
+            assert self.labels is not None
+            text = self._text(request["classify"])
+            with Stopwatch() as watch:
+                self.labels.logits([text])
+            return watch.figures() | {"first_token_s": watch.seconds}
+        batch = request.get("batch", 1)
         if "prefill" in request:
-            return self._prefill(request["prefill"])
+            return self._prefill(request["prefill"], batch)
         with Stopwatch() as watch:
-            self.session.decode(self.sampler, request["decode"])
+            self._decode(self.sessions[:batch], request["decode"])
         return watch.figures()
 
-    def _prefill(self, tokens: int) -> dict[str, Any]:
-        self.session = _core.Session(self.core, kv=self.kv)
-        prompt = self.rng.integers(0, self.shape["vocab_size"], tokens).astype(np.int32)
+    def _text(self, tokens: int) -> NDArray[np.int32]:
+        return self.rng.integers(0, self.shape["vocab_size"], tokens).astype(np.int32)
+
+    def _prefill(self, tokens: int, batch: int) -> dict[str, Any]:
+        self.sessions = [_core.Session(self.core, kv=self.kv) for _ in range(batch)]
+        prompts = [self._text(tokens) for _ in self.sessions]
         with Stopwatch() as watch:
-            self.session.forward(prompt)
+            if batch == 1:
+                self.sessions[0].forward(prompts[0])
+            else:
+                _core.forward_together(self.sessions, prompts)
         with Stopwatch() as after:
-            self.session.decode(self.sampler, 1)
+            self._decode(self.sessions, 1)
         return watch.figures() | {"first_token_s": watch.seconds + after.seconds}
+
+    def _decode(self, sessions: list[_core.Session], tokens: int) -> None:
+        if len(sessions) == 1:
+            sessions[0].decode(_core.Sampler(), tokens)
+        else:
+            _core.decode_together(sessions, [_core.Sampler() for _ in sessions], tokens)
 
     def _profile(self, phase: str, tokens: int) -> dict[str, Any]:
         """Seconds by phase, and the bytes (decode) or multiply-adds (prefill) that a phase cannot do without."""
-        self.session = _core.Session(self.core, kv=self.kv)
-        prompt = self.rng.integers(0, self.shape["vocab_size"], DECODE_PROMPT).astype(np.int32)
+        session = _core.Session(self.core, kv=self.kv)
         if phase == "decode":
-            self.session.forward(prompt)
-            self.session.decode(self.sampler, 1)
-        self.session.start_profile()
+            session.forward(self._text(DECODE_PROMPT))
+            session.decode(_core.Sampler(), 1)
+        session.start_profile()
         started = time.perf_counter()
         if phase == "decode":
-            self.session.decode(self.sampler, tokens)
+            session.decode(_core.Sampler(), tokens)
         else:
-            self.session.forward(self.rng.integers(0, self.shape["vocab_size"], tokens).astype(np.int32))
+            session.forward(self._text(tokens))
         total = time.perf_counter() - started
-        seconds = self.session.profile
+        seconds = session.profile
         seconds["other"] = total - sum(seconds.values())
         return {"seconds": seconds, "work": self._work(phase, tokens)}
 
@@ -105,7 +141,7 @@ class OwnModel:
             work[_PHASE_OF[path.rpartition(".")[2]]] += layers * tokens * size
         if phase == "decode":
             memory = self.core.memory()
-            work["head"] = tokens * (memory["head"] or memory["embedding"])
+            work["head"] = tokens * (memory["screen"] or memory["head"] or memory["embedding"])
         return work
 
 

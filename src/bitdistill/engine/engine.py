@@ -37,6 +37,7 @@ class Engine:
         threads: int | None = None,
         kv_cache: CacheForm = "fp16",
         mmap: bool = False,
+        screening: bool = False,
     ) -> None:
         """Load an exported model.
 
@@ -47,10 +48,12 @@ class Engine:
                 head) takes half of fp16's memory; with ``fp32``, and a head in bf16 or f32, results differ from torch's
                 by rounding alone.
             mmap: share the file's pages among processes instead of copying; the file must not change meanwhile.
+            screening: greedy decoding reads an int8 copy of a bf16 or f32 head, half its size, and scores in full
+                only the rows that a proven bound cannot rule out: the same tokens, for half the head's time.
 
         Raises:
             CheckpointError: missing, damaged, or not for this version.
-            EngineError: an impossible number of threads, or another form of the cache.
+            EngineError: an impossible number of threads, another form of the cache, a head that cannot be screened.
         """
         if kv_cache not in CACHE_FORMS:
             raise EngineError(f"kv_cache = {kv_cache!r}: use one of {', '.join(CACHE_FORMS)}")
@@ -62,7 +65,7 @@ class Engine:
         self.kv_cache = kv_cache
         self.text = TextCodec(self.path)
         self.stop_tokens = packed.stop_tokens()
-        self.core = packed.load(threads=threads or 0, mmap=mmap)
+        self.core = packed.load(threads=threads or 0, mmap=mmap, screened=screening)
         self.label_head: tuple[list[int], _core.LabelHead] | None = None
         self.load_s = time.perf_counter() - started
         self.vocab_size = int(packed.config["vocab_size"])

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..errors import CheckpointError
+from ..errors import CheckpointError, EngineError
 from ..packed import WEIGHTS_FILE, Entry, read_header, read_json_object, read_packed_config
 from .families import FAMILIES, activation, check_settings, core_name, layer_settings
 
@@ -67,16 +67,25 @@ class PackedModel:
             for name, e in self.entries.items()
         ]
 
-    def load(self, *, threads: int = 0, mmap: bool = False) -> _core.Model:
-        """Weights into memory.
+    def load(self, *, threads: int = 0, mmap: bool = False, screened: bool = False) -> _core.Model:
+        """Weights into memory; with ``screened`` a copy of the head for ``Engine``'s screening.
 
         Raises:
             CheckpointError: the contents do not fit the settings, or are damaged.
+            EngineError: a head that cannot be screened.
         """
+        head = self.entries.get("lm_head.weight") or self.entries.get("model.embed_tokens.weight")
+        if screened and head is not None and head.dtype not in ("BF16", "F32"):
+            raise EngineError(
+                f"{self.folder}: screening spares reading most of a bf16 or f32 head, and this head is stored in int8 "
+                "or int4; leave screening off, or export with a head in bf16"
+            )
         config = self.core_config()
         path = self.folder / WEIGHTS_FILE
         try:
-            return _core.Model(str(path), self.core_tensors(), config, threads=threads, mmap=mmap)
+            return _core.Model(
+                str(path), self.core_tensors(), config, threads=threads, mmap=mmap, screened=screened
+            )
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}; fetch or export the model again") from error
 

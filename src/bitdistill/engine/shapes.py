@@ -1,14 +1,19 @@
 """Shapes of known models, as the core takes them: random weights of these measure what the real ones would."""
 
+import json
 import math
+from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from .. import _core
 from ..config import SHAPE
 from ..config.presets import BASE_PRESETS
 from ..errors import ConfigError
-from ..layout import INT4_ROWS, LAYOUT, int4_shape, packed_shape
-from ..packed import ELEMENT_BYTES
+from ..layout import FORMAT_VERSION, INT4_ROWS, LAYOUT, int4_shape, packed_shape
+from ..packed import CONFIG_FILE, ELEMENT_BYTES, WEIGHTS_FILE, PackedTensor, write_tensors
 from .loading import decoder_config, linear_shapes
 
 _QWEN3 = {
@@ -64,7 +69,9 @@ def ternary_weights(shape: dict[str, Any]) -> int:
     )
 
 
-def random_model(shape: dict[str, Any], head: str, *, threads: int = 0, seed: int = 0) -> _core.Model:
+def random_model(
+    shape: dict[str, Any], head: str, *, threads: int = 0, seed: int = 0, screened: bool = False
+) -> _core.Model:
     """A model of this shape with random weights, made in place; ``head`` is bf16, int8 or int4.
 
     Raises:
@@ -72,10 +79,50 @@ def random_model(shape: dict[str, Any], head: str, *, threads: int = 0, seed: in
     """
     if head not in HEADS:
         raise ConfigError(f"--head {head}: use one of {', '.join(HEADS)}")
-    tensors: list[_core.Tensor] = []
+    if screened and head != "bf16":
+        raise ConfigError(
+            f"--screening spares reading most of a bf16 head, not of --head {head}; leave one out"
+        )
+    tensors = [
+        _core.Tensor(name, dtype, size, 0, math.prod(size) * ELEMENT_BYTES[dtype])
+        for name, dtype, size in _tensors(shape, head)
+    ]
+    config = decoder_config(shape | {"packed": _PACKED})
+    return _core.Model(None, tensors, config, threads=threads, seed=seed, screened=screened)
+
+
+def write_random(folder: Path, shape: dict[str, Any], head: str) -> Path:
+    """A packed model of this shape with random weights, without a tokenizer; what loading it costs can be measured."""
+    rng = np.random.default_rng(0)
+
+    def made(name: str, dtype: str, size: tuple[int, ...]) -> PackedTensor:
+        def load() -> NDArray[Any]:
+            if dtype == "U8":
+                return rng.integers(0, 243 if name.endswith("_proj.weight") else 256, size, np.uint8)
+            if dtype == "I8":
+                return rng.integers(-127, 128, size, np.int8)
+            if dtype == "BF16":  # 1/64 .. 1/32, of either sign where they are no scales
+                sign = 0 if name.endswith("_scale") else 0x8000
+                return rng.integers(0x3C80, 0x3D00, size, np.uint16) | (
+                    rng.integers(0, 2, size, np.uint16) * sign
+                )
+            return np.full(size, 0.02 if name.endswith("_scale") else 1.0, np.float32)
+
+        return PackedTensor(name, dtype, size, load)
+
+    folder.mkdir(parents=True)
+    write_tensors(folder / WEIGHTS_FILE, [made(*tensor) for tensor in _tensors(shape, head)])
+    packed = _PACKED | {"format_version": FORMAT_VERSION}
+    (folder / CONFIG_FILE).write_text(json.dumps(shape | {"packed": packed}))
+    return folder
+
+
+def _tensors(shape: dict[str, Any], head: str) -> list[tuple[str, str, tuple[int, ...]]]:
+    """Name, element type and shape of every tensor."""
+    tensors: list[tuple[str, str, tuple[int, ...]]] = []
 
     def add(name: str, dtype: str, *size: int) -> None:
-        tensors.append(_core.Tensor(name, dtype, size, 0, math.prod(size) * ELEMENT_BYTES[dtype]))
+        tensors.append((name, dtype, size))
 
     hidden, head_dim, vocabulary = shape["hidden_size"], shape["head_dim"], shape["vocab_size"]
     if head == "int4":
@@ -99,5 +146,4 @@ def random_model(shape: dict[str, Any], head: str, *, threads: int = 0, seed: in
             add(f"{prefix}.self_attn.q_norm.weight", "F32", head_dim)
             add(f"{prefix}.self_attn.k_norm.weight", "F32", head_dim)
     add("model.norm.weight", "F32", hidden)
-    config = decoder_config(shape | {"packed": _PACKED})
-    return _core.Model(None, tensors, config, threads=threads, seed=seed)
+    return tensors
