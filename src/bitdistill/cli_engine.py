@@ -175,6 +175,9 @@ def bench(
     versus: Annotated[
         str | None, typer.Option(help="llama.cpp: the same shape in turns with a peer.")
     ] = None,
+    formats: Annotated[
+        list[str] | None, typer.Option("--format", help="Of the peer: TQ2_0, BF16; both if not given.")
+    ] = None,
     json_path: JsonFile = None,
 ) -> None:
     """Measure prefill and decode beside the machine's roofline of the same moment."""
@@ -195,6 +198,7 @@ def bench(
             profile=profile,
         ),
         versus=versus,
+        formats=formats or (),
     )
     for r in records:
         console.print(_bench_line(r), highlight=False, soft_wrap=True)

@@ -68,6 +68,7 @@ def run_bench(
     measured: Measured = Measured(),
     *,
     versus: str | None = None,
+    formats: Sequence[str] = (),
 ) -> list[dict[str, Any]]:
     """Measure a model or a shape at each number of threads; one record per phase, and per format of the peer.
 
@@ -97,11 +98,14 @@ def run_bench(
             raise ConfigError(f"{option} {min(values)}: use 1 to {most}")
     if versus is not None:
         _check_peer(versus, shape)
+    unknown = [form for form in formats if form not in PEER_FORMATS or versus is None]
+    if unknown:
+        raise ConfigError(f"--format {unknown[0]}: use {' or '.join(PEER_FORMATS)}, with --versus")
     counts = list(threads) or _all_threads()
     budget = BUDGET_S / (len(counts) * len(PHASES))
     records: list[dict[str, Any]] = []
     for count in counts:
-        for form in PEER_FORMATS if versus else (None,):
+        for form in (formats or PEER_FORMATS) if versus else (None,):
             with ExitStack() as processes:
                 records += _measure(model, shape, count, measured, form, budget, processes)
         if measured.load:

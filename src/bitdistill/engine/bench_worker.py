@@ -99,7 +99,10 @@ class OwnModel:
         return self.rng.integers(0, self.shape["vocab_size"], tokens).astype(np.int32)
 
     def _prefill(self, tokens: int, batch: int) -> dict[str, Any]:
-        self.sessions = [_core.Session(self.core, kv=self.kv) for _ in range(batch)]
+        if len(self.sessions) != batch:
+            self.sessions = [_core.Session(self.core, kv=self.kv) for _ in range(batch)]
+        for session in self.sessions:
+            session.truncate(0)  # pages stay, as in the peer's context
         prompts = [self._text(tokens) for _ in self.sessions]
         with Stopwatch() as watch:
             if batch == 1:
