@@ -5,6 +5,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from engine_tables import read_records, with_tables
 
 from bitdistill.cli import app
 from bitdistill.recipe import build_recipe, load_recipe
@@ -68,3 +69,7 @@ def test_the_annotated_tree_names_files_that_exist():
 )
 def test_every_recipe_in_the_tree_is_valid(path):
     assert load_recipe(path).name
+
+
+def test_the_engine_s_tables_are_those_of_the_records():
+    assert with_tables(README, read_records()) == README
