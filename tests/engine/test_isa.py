@@ -59,7 +59,9 @@ def test_the_best_room_of_aarch64(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_fast_room_one_clear_error_and_scalar_only_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("BITDISTILL_ISA", raising=False)
-    lacking = r"no dot product instructions.*asimddp" if "neon_dotprod" in _core.compiled_isas() else "no AVX2"
+    lacking = (
+        r"no dot product instructions.*asimddp" if "neon_dotprod" in _core.compiled_isas() else "no AVX2"
+    )
     with pytest.raises(RuntimeError, match=rf"{lacking}.*BITDISTILL_ISA=scalar"):
         _core.select_isa(features=[])
     assert _core.select_isa("scalar", features=[]) == "scalar"
@@ -170,9 +172,7 @@ def test_avx_vnni_is_in_the_encoding_of_cpus_without_avx512(
     # address, bytes, instruction
     lines = [line.split("\t") for line in listing.splitlines() if line.count("\t") == 2]
     dots = [encoded.split() for _, encoded, instruction in lines if "vpdpbusd" in instruction]
-    assert len(dots) >= 2 * 4 * (
-        1 + 2 + 3 + 4 + 5 + 6
-    )  # the tiles alone: two registers of rows, four fields
+    assert len(dots) >= 2 * 4 * (1 + 2 + 3 + 4 + 5 + 6)  # the tiles alone: two registers of rows, four fields
     assert {encoded[0] for encoded in dots} == {first_byte}
     if room == "avx_vnni":
         # In 64-bit code a first byte of 62 is AVX-512, whichever instruction follows.
