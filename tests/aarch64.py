@@ -114,7 +114,8 @@ def make_sysroot(codename: str) -> None:
 def make_python(cpu: str) -> None:
     interpreter = next((SYSROOT / "usr" / "bin").glob("python3.*[0-9]"))
     PYTHON.write_text(
-        f'#!/bin/sh\nexec qemu-aarch64-static -cpu {cpu} -L {SYSROOT} {interpreter} "$@"\n', encoding="utf-8"
+        f'#!/bin/sh\nexec qemu-aarch64-static -cpu {cpu} -L "{SYSROOT}" "{interpreter}" "$@"\n',
+        encoding="utf-8",
     )
     PYTHON.chmod(0o755)
     PACKAGES.mkdir(parents=True, exist_ok=True)
@@ -153,9 +154,8 @@ def prepare(cpu: str) -> None:
 def build() -> Path:
     """Cross-compiles the core and puts it beside a copy of this package. Returns the core."""
     core = HERE / "core"
-    include = (
-        f"-isystem {SYSROOT}/usr/include"  # Debian's pyconfig.h includes the architecture's own from there
-    )
+    # Debian's pyconfig.h includes the architecture's own from there.
+    include = f'-isystem "{SYSROOT}/usr/include"'
     tools = {"env": os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}}
     call(
         *("cmake", "-G", "Ninja", "-S", ROOT, "-B", core, "-Wno-dev", "-DCMAKE_SYSTEM_NAME=Linux"),
@@ -187,10 +187,12 @@ def main() -> None:
     prepare(arguments.cpu)
     core = build()
     print(f"AArch64 in qemu, {arguments.cpu}", flush=True)
+    # This machine's own packages are of no use there.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     call(
         *(PYTHON, "-m", "pytest", "-p", "no:cacheprovider", *(arguments.tests or ["tests/engine"])),
         cwd=ROOT,
-        env=os.environ | {"BITDISTILL_CORE": str(core)},
+        env=environment | {"BITDISTILL_CORE": str(core)},
     )
 
 
