@@ -1,6 +1,7 @@
 # make demo   the whole method on generated data, in minutes
 # make test   lint, types, import rules, tests
 # make test-sanitize   the engine core under address and undefined-behaviour sanitizers
+# make test-arm   the engine core for AArch64, cross-compiled and emulated; says which system packages that needs
 # make test-matrix   students and tests in the oldest and the newest transformers; installs each
 # All set up .venv on first use. PYTHON chooses the interpreter.
 PYTHON ?= python3
@@ -11,7 +12,7 @@ SEEDS := 0 1 2
 JOBS ?= 2
 DATA ?=
 
-.PHONY: demo demo-seeds test test-sanitize test-matrix lint bench clean
+.PHONY: demo demo-seeds test test-sanitize test-arm test-matrix lint bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -47,6 +48,11 @@ test-sanitize: $(VENV)/installed
 		ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libubsan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 		$(BIN)/pytest -n $(JOBS) tests/engine
+
+# An AArch64 Python comes into build/aarch64 (a gigabyte, most of it torch). ARM_TESTS=tests/engine runs all of the engine's.
+ARM_TESTS ?= tests/engine/test_isa.py tests/engine/test_kernels.py tests/engine/test_float_kernels.py
+test-arm: $(VENV)/installed
+	$(BIN)/python tests/aarch64.py $(ARM_TESTS)
 
 test-matrix: $(VENV)/installed
 	$(BIN)/python tests/transformers_matrix.py --output benchmarks/transformers_matrix.json

@@ -1,5 +1,11 @@
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 #include <array>
 #include <cstdlib>
 #include <stdexcept>
@@ -8,7 +14,7 @@
 namespace bitdistill {
 namespace {
 
-constexpr std::array<std::pair<std::string_view, uint32_t>, 9> kFeatureNames = {{
+constexpr std::array<std::pair<std::string_view, uint32_t>, 11> kFeatureNames = {{
     {"avx2", kAvx2},
     {"fma", kFma},
     {"f16c", kF16c},
@@ -18,7 +24,18 @@ constexpr std::array<std::pair<std::string_view, uint32_t>, 9> kFeatureNames = {
     {"avx512dq", kAvx512dq},
     {"avx512vnni", kAvx512vnni},
     {"avx512vbmi", kAvx512vbmi},
+    {"avxvnni", kAvxVnni},
+    {"dotprod", kDotprod},
 }};
+
+// What the least of the fast rooms needs.
+#if defined(__x86_64__)
+constexpr const char* kLeast = "AVX2";
+#elif defined(__aarch64__)
+constexpr const char* kLeast = "dot product instructions (dotprod, Linux calls them asimddp)";
+#else
+constexpr const char* kLeast = "instruction set with kernels here (x86-64 with AVX2, AArch64 with dotprod)";
+#endif
 
 std::string join(const std::vector<std::string>& words) {
   std::string text;
@@ -44,8 +61,12 @@ std::string room_names() {
 
 std::span<const KernelTable* const> compiled_rooms() {
 #if defined(__x86_64__)
-  static const std::array<const KernelTable*, 4> rooms = {kernels_scalar(), kernels_avx2(), kernels_avx512_vnni(),
-                                                          kernels_avx512_vbmi()};
+  static const std::array<const KernelTable*, 6> rooms = {
+      kernels_scalar(),        kernels_avx2(),        kernels_avx_vnni(),
+      kernels_avx_vnni_evex(), kernels_avx512_vnni(), kernels_avx512_vbmi(),
+  };
+#elif defined(__aarch64__)
+  static const std::array<const KernelTable*, 2> rooms = {kernels_scalar(), kernels_neon_dotprod()};
 #else
   static const std::array<const KernelTable*, 1> rooms = {kernels_scalar()};
 #endif
@@ -67,6 +88,15 @@ uint32_t cpu_features() {
   if (__builtin_cpu_supports("avx512dq")) features |= kAvx512dq;
   if (__builtin_cpu_supports("avx512vnni")) features |= kAvx512vnni;
   if (__builtin_cpu_supports("avx512vbmi")) features |= kAvx512vbmi;
+  // Not every compiler's builtin knows this name. The instructions need no more of the operating system than AVX2's.
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  const bool leaf =
+      __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) && eax >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
+  if ((features & kAvx2) && leaf && (eax & 1u << 4)) features |= kAvxVnni;
+#elif defined(__aarch64__) && defined(__linux__)
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) features |= kDotprod;
+#elif defined(__aarch64__) && defined(__APPLE__)
+  features |= kDotprod;  // all of Apple's computers
 #endif
   return features;
 }
@@ -103,12 +133,13 @@ const KernelTable& select_room(std::optional<std::string_view> forced, uint32_t 
     }
     throw std::runtime_error(origin + " = '" + std::string(*forced) + "' is unknown; this build has " + room_names());
   }
-  const auto rooms = compiled_rooms();
-  for (size_t i = rooms.size(); i-- > 1;) {
-    if ((rooms[i]->features & ~features) == 0) return *rooms[i];
+  const KernelTable* best = nullptr;
+  for (const KernelTable* room : compiled_rooms()) {
+    if (!room->only_by_name && (room->features & ~features) == 0) best = room;
   }
-  throw std::runtime_error(
-      "this CPU has no AVX2, which the engine's fast kernels need; BITDISTILL_ISA=scalar runs without, very slowly");
+  if (best != nullptr) return *best;
+  throw std::runtime_error("this CPU has no " + std::string(kLeast) +
+                           ", which the engine's fast kernels need; BITDISTILL_ISA=scalar runs without, very slowly");
 }
 
 const KernelTable& room_named(std::string_view name) { return select_room(name, cpu_features(), false); }

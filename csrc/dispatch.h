@@ -21,7 +21,7 @@ uint32_t cpu_features();
 uint32_t features_from_names(const std::vector<std::string>& names);
 
 // The room to use. `forced` by name, or else BITDISTILL_ISA where `use_environment`, or else the last that `features`
-// allow, which must be better than scalar. Throws std::runtime_error with the remedy.
+// allow among those that are not `only_by_name`. Throws std::runtime_error with the remedy.
 const KernelTable& select_room(std::optional<std::string_view> forced, uint32_t features, bool use_environment);
 
 // By name, on this CPU; for tests of single kernels.

@@ -37,6 +37,8 @@ enum Feature : uint32_t {
   kAvx512dq = 1u << 6,
   kAvx512vnni = 1u << 7,
   kAvx512vbmi = 1u << 8,
+  kAvxVnni = 1u << 9,
+  kDotprod = 1u << 10,
 };
 
 enum class Rounding { divide, multiply };  // x / (max / 127) or x * (127 / max)
@@ -95,6 +97,7 @@ struct SplitState {
 struct KernelTable {
   const char* name;
   uint32_t features;  // Feature bits without which the room must not run
+  bool only_by_name;  // never chosen, only forced
   size_t group;       // features of a group in this room's order
   size_t tile;        // most tokens of a gemm tile, <= kMaxTile
 
@@ -152,7 +155,10 @@ struct KernelTable {
 
 const KernelTable* kernels_scalar();
 const KernelTable* kernels_avx2();
+const KernelTable* kernels_avx_vnni();
+const KernelTable* kernels_avx_vnni_evex();
 const KernelTable* kernels_avx512_vnni();
 const KernelTable* kernels_avx512_vbmi();
+const KernelTable* kernels_neon_dotprod();
 
 }  // namespace bitdistill

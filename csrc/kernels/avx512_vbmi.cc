@@ -169,6 +169,7 @@ constexpr KernelTable kTable = {
     .features = bitdistill::kAvx2 | bitdistill::kFma | bitdistill::kF16c | bitdistill::kAvx512f |
                 bitdistill::kAvx512bw | bitdistill::kAvx512vl | bitdistill::kAvx512dq | bitdistill::kAvx512vnni |
                 bitdistill::kAvx512vbmi,
+    .only_by_name = false,
     .group = kFileGroup,
     .tile = kMaxTile,
     .repack = nullptr,

@@ -94,6 +94,7 @@ constexpr KernelTable kTable = {
     .name = "avx512_vnni",
     .features = bitdistill::kAvx2 | bitdistill::kFma | bitdistill::kF16c | bitdistill::kAvx512f |
                 bitdistill::kAvx512bw | bitdistill::kAvx512vl | bitdistill::kAvx512dq | bitdistill::kAvx512vnni,
+    .only_by_name = false,
     .group = kFieldGroup,
     .tile = kMaxTile,
     .repack = repack,

@@ -104,6 +104,7 @@ uint64_t probe_read(const uint8_t* data, size_t bytes) {
 constexpr KernelTable kTable = {
     .name = "scalar",
     .features = 0,
+    .only_by_name = true,
     .group = kFileGroup,
     .tile = 4,
     .repack = nullptr,

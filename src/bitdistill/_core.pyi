@@ -23,13 +23,18 @@ from numpy.typing import NDArray
 # --- instruction sets ---
 
 def compiled_isas() -> list[str]:
-    """The kernel rooms in this build, slowest first: ``scalar``, ``avx2``, ``avx512_vnni``, ``avx512_vbmi``."""
+    """The kernel rooms in this build, slowest first.
+
+    On x86-64 ``scalar``, ``avx2``, ``avx_vnni``, its twin for tests ``avx_vnni_evex``, ``avx512_vnni``,
+    ``avx512_vbmi``; on AArch64 ``scalar``, ``neon_dotprod``.
+    """
 
 def available_isas() -> list[str]:
     """The compiled rooms that this CPU can run, slowest first."""
 
 def select_isa(forced: str | None = None, features: Sequence[str] | None = None) -> str:
-    """The room that a new model uses: ``forced``, or else the fastest available one other than ``scalar``.
+    """The room that a new model uses: ``forced``, or else the fastest available one. ``scalar`` and
+    ``avx_vnni_evex`` come by name only.
 
     ``features`` replaces what the CPU reports (``avx2``, ``fma``, ``f16c``, ``avx512f``, ...), for tests.
 
