@@ -39,11 +39,11 @@ def compare(
     """
     old_ids = read_json_object(trimmed / MAPPING_FILE)["old_ids"]
     revision = recipe.revision_of(source) if recipe else None
-    tokenizers = load_tokenizer(source, revision), load_tokenizer(trimmed)
+    was, now = load_tokenizer(source, revision), load_tokenizer(trimmed)
     result: dict[str, Any] = {}
     if recipe is not None:
         task = load_task(recipe.task)
-        found = _tokens(*(example_ids(task.test, t) for t in tokenizers), old_ids)
+        found = _tokens(example_ids(task.test, was), example_ids(task.test, now), old_ids)
         if models:
             before, after = (pipeline.evaluate_model(recipe, task, m, "test") for m in (source, trimmed))
             pairs = zip(before.items, after.items, strict=True)
@@ -56,7 +56,7 @@ def compare(
         result["task"] = found
     if held_out is not None:
         texts = held_out_texts(held_out)
-        found = _tokens(*(text_ids(texts, t) for t in tokenizers), old_ids)
+        found = _tokens(text_ids(texts, was), text_ids(texts, now), old_ids)
         if models:
             found["bits_per_byte_before"] = bits_per_byte(source, texts, revision)
             found["bits_per_byte"] = bits_per_byte(trimmed, texts)
@@ -64,7 +64,9 @@ def compare(
     return result
 
 
-def _tokens(before: Iterable[list[int]], after: Iterable[list[int]], old_ids: Sequence[int]) -> dict[str, Any]:
+def _tokens(
+    before: Iterable[list[int]], after: Iterable[list[int]], old_ids: Sequence[int]
+) -> dict[str, Any]:
     examples = same = tokens_before = tokens = 0
     for old, new in zip(before, after, strict=True):
         examples += 1

@@ -15,7 +15,9 @@ def add_verbs(app: typer.Typer) -> None:
 
 
 def trim(
-    student: Annotated[str, typer.Argument(metavar="STUDENT", help="Checkpoint folder or hub id of a decoder.")],
+    student: Annotated[
+        str, typer.Argument(metavar="STUDENT", help="Checkpoint folder or hub id of a decoder.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the new checkpoint.")],
     recipe: Annotated[
         Path | None,
@@ -29,11 +31,16 @@ def trim(
         str | None, typer.Option("--held-out", help="The same, to judge on: a line or a row is a text.")
     ] = None,
     text_column: Annotated[
-        str | None, typer.Option("--text-column", help="Column of the text in .jsonl and .parquet; text by default.")
+        str | None,
+        typer.Option("--text-column", help="Column of the text in .jsonl and .parquet; text by default."),
     ] = None,
     size: Annotated[
-        int, typer.Option(help="Fill up to so many rows with the tokens that any text needs most.")
+        int, typer.Option(help="Fill up to so many rows: with --fill, then with the lowest merges.")
     ] = 0,
+    fill: Annotated[
+        str | None,
+        typer.Option(help="General text like --text, whose most frequent tokens fill up to --size."),
+    ] = None,
     skip_models: Annotated[
         bool, typer.Option("--skip-models", help="Judge the tokens alone; run neither model.")
     ] = False,
@@ -43,10 +50,12 @@ def trim(
     """Keep only the tokens that a task needs: smaller embedding and head, same answers; then export as ever."""
     if set_ and recipe is None:
         raise ConfigError("--set changes a recipe; give it with --recipe")
-    if text_column is not None and not (text or held_out):
-        raise ConfigError("--text-column is of the files of --text and --held-out; give it with them")
+    if text_column is not None and not (text or held_out or fill):
+        raise ConfigError("--text-column is of the files of --text, --fill and --held-out; give it with them")
     if skip_models and not (recipe or held_out):
-        raise ConfigError("--skip-models: there is nothing to judge on; leave it out, or give --recipe or --held-out")
+        raise ConfigError(
+            "--skip-models: there is nothing to judge on; leave it out, or give --recipe or --held-out"
+        )
     from . import before_after
     from . import trim as trimming
     from .checkpoint import read_run
@@ -54,9 +63,18 @@ def trim(
     from .processes import is_main_process
 
     task = load(recipe, set_) if recipe else None
-    column = text_column or "text"
-    texts = [CorpusConfig(source=source, text_column=column) for source in text or ()]
-    finished = trimming.run(student, output, recipe=task, texts=texts, size=size)
+
+    def corpus(source: str) -> CorpusConfig:
+        return CorpusConfig(source=source, text_column=text_column or "text")
+
+    finished = trimming.run(
+        student,
+        output,
+        recipe=task,
+        texts=[corpus(source) for source in text or ()],
+        size=size,
+        fill=corpus(fill) if fill else None,
+    )
     if not is_main_process():
         return
     result: dict[str, Any] = {"output": str(finished), **read_run(finished)["metrics"]}
@@ -64,7 +82,7 @@ def trim(
         f"{finished}: {result['rows_before']:,} -> {result['rows']:,} rows, {result['parameters_before']:,} -> "
         f"{result['parameters']:,} parameters, {result['bytes_before']:,} -> {result['bytes']:,} bytes"
     )
-    judged = CorpusConfig(source=held_out, text_column=column) if held_out else None
+    judged = corpus(held_out) if held_out else None
     compared = before_after.compare(student, finished, recipe=task, held_out=judged, models=not skip_models)
     for name, found in compared.items():
         _print(_line("test split" if name == "task" else "held-out texts", found))

@@ -1,4 +1,4 @@
-"""A student with the part of its vocabulary that a task needs: rows of two tables, the tokenizer, the ids in its configs.
+"""A student with the part of its vocabulary that a task needs: rows of two tables, tokenizer, ids in its configs.
 
 A small student is half embedding. Rows of tokens that the task's data never use only take space, and time in the head.
 ``data/vocabulary.py`` says which tokens stay and why the data keep theirs. Nothing is trained: a text whose tokens stay
@@ -7,6 +7,7 @@ has the hidden states it had, and of its logits the kept ones, so only the softm
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def run(
     recipe: Recipe | None = None,
     texts: Sequence[CorpusConfig] = (),
     size: int = 0,
+    fill: CorpusConfig | None = None,
 ) -> Path:
     """Write ``source`` with the vocabulary that the data need to ``output``; returns the finished folder.
 
@@ -59,7 +61,8 @@ def run(
         source: a decoder's checkpoint, ternary or full precision: folder or hub id.
         recipe: its task's training and validation examples are such data.
         texts: so are these.
-        size: rows to fill up to, with tokens that any text is likely to need; 0 adds none.
+        size: rows to fill up to; 0 adds none.
+        fill: texts whose most frequent tokens fill first; then come those of the lowest merges.
 
     Raises:
         ConfigError: there are no data, or more tokens are needed than ``size``, or fewer there.
@@ -70,6 +73,8 @@ def run(
         raise ConfigError("there are no data to choose tokens by: give --recipe, --text, or both")
     if size < 0:
         raise ConfigError(f"--size {size}: give the rows that the vocabulary is to have")
+    if fill is not None and not size:
+        raise ConfigError("--fill has the tokens that fill up to --size; give that too")
     check_finished(source, "trim")
     revision = recipe.revision_of(source) if recipe else None
     config = load_config(source, revision)
@@ -87,11 +92,12 @@ def run(
         "task_digest": task.digest if task else None,
         "texts": [source_digest(text) for text in texts],
         "size": size,
+        "fill": source_digest(fill) if fill else None,
     }
 
     def trim(folder: Path) -> dict[str, Any]:
         try:
-            return _trim(source, revision, folder, task, texts, size)
+            return _trim(source, revision, folder, task, texts, size, fill)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)  # there is nothing in it to go on from
             raise
@@ -109,6 +115,7 @@ def _trim(
     task: Task | None,
     texts: Sequence[CorpusConfig],
     size: int,
+    fill: CorpusConfig | None,
 ) -> dict[str, Any]:
     place = _local_folder(source, revision)
     tokenizer = load_tokenizer(source, revision)
@@ -120,7 +127,7 @@ def _trim(
     _check_rows(source, seen, vocabulary, rows)
     named = config_ids(config) | config_ids(generation)
     needed = vocabulary.closure(seen | {i for i in vocabulary.fixed() | named if i < rows})
-    kept = _sized(vocabulary, needed, size, rows)
+    kept = _sized(vocabulary, needed, size, rows, _frequent(tokenizer, fill))
     old_ids = vocabulary.ordered(kept)
     # An added token without a row (Gemma's image token) keeps its place behind all rows.
     rowless = sorted(i for i in vocabulary.added.values() if i >= rows)
@@ -201,7 +208,18 @@ def _check_rows(source: str | Path, seen: set[int], vocabulary: BpeVocabulary, r
         )
 
 
-def _sized(vocabulary: BpeVocabulary, needed: set[int], size: int, rows: int) -> set[int]:
+def _frequent(tokenizer: PreTrainedTokenizerBase, fill: CorpusConfig | None) -> list[int]:
+    """Tokens of the texts to fill with, the most frequent first; of equals the lower id."""
+    counts: Counter[int] = Counter()
+    if fill is not None:
+        for ids in text_ids(documents(fill), tokenizer):
+            counts.update(ids)
+    return sorted(counts, key=lambda i: (-counts[i], i))
+
+
+def _sized(
+    vocabulary: BpeVocabulary, needed: set[int], size: int, rows: int, frequent: Sequence[int]
+) -> set[int]:
     if not size:
         return needed
     if size < len(needed):
@@ -209,7 +227,7 @@ def _sized(vocabulary: BpeVocabulary, needed: set[int], size: int, rows: int) ->
             f"--size {size}: the tokens of the data, special ones and those that spell any text are {len(needed)}; "
             "give at least so many, or leave it out"
         )
-    kept = vocabulary.filled(needed, size, rows)
+    kept = vocabulary.filled(needed, size, rows, frequent)
     if len(kept) < size:
         raise ConfigError(f"--size {size}: the tokenizer has only {len(kept)} tokens with a row; give fewer")
     return kept
@@ -228,7 +246,7 @@ def _local_folder(source: str | Path, revision: str | None) -> Path:
 
 
 def _tokenizer_document(tokenizer: PreTrainedTokenizerBase, folder: Path, source: str | Path) -> Document:
-    """The tokenizer as it was loaded, which is what the model was trained with; saved in ``folder`` to be renumbered."""
+    """The tokenizer as it loads, which is what the model was trained with; saved in ``folder`` to be renumbered."""
     tokenizer.save_pretrained(folder)
     if not (folder / TOKENIZER_FILE).is_file():
         raise CheckpointError(
@@ -257,7 +275,9 @@ def _write_weights(place: Path, folder: Path, old_ids: list[int], rows: int) -> 
             with safe_open(place / name, "pt") as file:
                 metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
-            raise CheckpointError(f"{place / name}: damaged ({error}); fetch or make the checkpoint again") from error
+            raise CheckpointError(
+                f"{place / name}: damaged ({error}); fetch or make the checkpoint again"
+            ) from error
         for key in {EMBEDDING, HEAD} & tensors.keys():
             if len(tensors[key]) != rows:
                 raise CheckpointError(
@@ -289,7 +309,7 @@ def _checked_tokenizer(
         wrong = min(i for i in found.keys() | wanted.keys() if found.get(i) != wanted.get(i))
         raise CheckpointError(
             f"{folder}: the trimmed tokenizer reads {found.get(wrong)!r} where it should have {wanted.get(wrong)!r} "
-            f"(id {wrong}); its class ({type(tokenizer).__name__}) adds tokens of its own. Leave the vocabulary as it is"
+            f"(id {wrong}); its class ({type(tokenizer).__name__}) adds tokens of its own. Leave it as it is"
         )
     return tokenizer
 
@@ -305,8 +325,8 @@ def _card(place: Path, before: int, after: int, examples: int) -> str:
         "",
         "## Vocabulary",
         "",
-        f"Trimmed by bitdistill from {before:,} rows to {after:,}: the tokens of {examples:,} texts of its task, special",
-        "tokens, and what spells any other text. A text unlike those takes more tokens than before. No weight was",
-        f"trained; `{MAPPING_FILE}` has the row that each id had.",
+        f"Trimmed by bitdistill from {before:,} rows to {after:,}: the tokens of {examples:,} texts, special tokens,",
+        "and what spells any other text. A text unlike those takes more tokens than before. No weight was trained;",
+        f"`{MAPPING_FILE}` has the row that each id had.",
     ]
     return "\n".join(lines) + "\n"

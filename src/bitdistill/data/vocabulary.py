@@ -16,11 +16,13 @@ again, the applicable merge of lowest rank, the leftmost of equals, until none a
    one's in the same order, so none lower applies. Both take the same step, and where none is left to the full one, none
    is to the other.
 
-What happens before BPE (normalising, splitting at added tokens and into words) knows no vocabulary but the added tokens,
-which all stay. With ``ignore_merges`` a word that is a token is taken whole: a kept one still is, and one that was none
-has not become one. A character that had no token, and was spelled in bytes or as the unknown token, still has none.
+What happens before BPE (normalising, splitting at added tokens and into words) knows no vocabulary but the added
+tokens, which all stay. With ``ignore_merges`` a word that is a token is taken whole: a kept one still is, and one that
+was none has not become one. A character that had no token, and was spelled in bytes or as the unknown token, still has
+none.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -71,7 +73,7 @@ class BpeVocabulary:
         symbols = list(token)
         made = {*symbols, token}
         while len(symbols) > 1:
-            pairs = enumerate(zip(symbols, symbols[1:], strict=False))
+            pairs = enumerate(itertools.pairwise(symbols))
             ranked = [(self.ranks[pair], place) for place, pair in pairs if pair in self.ranks]
             if not ranked:
                 return {token}
@@ -98,8 +100,8 @@ class BpeVocabulary:
     def spelling(self) -> set[str]:
         """Symbols that spell any text, as far as the full vocabulary can.
 
-        Byte-level BPE: its alphabet of 256. Byte fallback: ``<0x00>`` to ``<0xFF>``, and besides ASCII and the space, so
-        that a rare word comes in letters and not in bytes. Neither: every character, since one without a token is lost.
+        Byte-level BPE: its alphabet of 256. Byte fallback: ``<0x00>`` to ``<0xFF>``, and besides ASCII and the space,
+        so that a rare word comes in letters and not in bytes. Neither: every character, as one without a token is lost.
         """
         characters = {token for token in self.ids if len(token) == 1}
         if _has_type("ByteLevel", self.document.get("pre_tokenizer"), self.document.get("decoder")):
@@ -109,24 +111,27 @@ class BpeVocabulary:
             return in_bytes | {c for c in characters if c.isascii() or c == SPACE}
         return characters
 
-    def filled(self, kept: set[int], size: int, rows: int) -> set[int]:
-        """``kept`` and further tokens up to ``size``: of the lowest merges, which the most text is made of, with what
-        leads to them; then of the lowest ids. Ids of ``rows`` and above are left out."""
+    def filled(self, kept: set[int], size: int, rows: int, frequent: Iterable[int] = ()) -> set[int]:
+        """``kept`` and further tokens up to ``size``, each with the symbols on the way to it.
+
+        First ``frequent`` in its order, then what the lowest merges make, then the lowest ids. Ids of ``rows`` and
+        above are left out.
+        """
         kept = set(kept)
+        by_count = (self.tokens[i] for i in frequent if i in self.tokens)
         by_rank = (left + right for left, right in self.merges)
-        by_id = (token for token, _ in sorted(self.ids.items(), key=lambda item: item[1]))
-        for tokens, reachable in ((by_rank, True), (by_id, False)):
-            for token in tokens:
-                if len(kept) >= size:
-                    return kept
-                if self.ids[token] in kept:
-                    continue
-                way = self.derivation(token)
-                more = {self.ids[symbol] for symbol in way if symbol in self.ids} - kept
-                if reachable and len(way) == 1:  # other merges come first, and lead elsewhere
-                    continue
-                if len(kept) + len(more) <= size and max(more) < rows:
-                    kept |= more
+        by_rank = (
+            token for token in by_rank if len(self.derivation(token)) > 1
+        )  # else a lower merge prevents it
+        by_id = sorted(self.ids, key=self.ids.__getitem__)
+        for token in itertools.chain(by_count, by_rank, by_id):
+            if len(kept) >= size:
+                break
+            if token not in self.ids or self.ids[token] in kept:
+                continue
+            more = {self.ids[symbol] for symbol in self.derivation(token) if symbol in self.ids} - kept
+            if len(kept) + len(more) <= size and max(more) < rows:
+                kept |= more
         return kept
 
     def ordered(self, kept: set[int]) -> list[int]:
@@ -153,7 +158,8 @@ class BpeVocabulary:
         ]
         document = self.document | {
             "added_tokens": sorted(added, key=lambda entry: entry["id"]),
-            "model": model | {"vocab": dict(sorted(vocab.items(), key=lambda item: item[1])), "merges": merges},
+            "model": model
+            | {"vocab": dict(sorted(vocab.items(), key=lambda item: item[1])), "merges": merges},
         }
         if document.get("post_processor"):
             document["post_processor"] = _renumbered_processor(document["post_processor"], new_ids)
@@ -196,7 +202,7 @@ def _renumbered_processor(processor: Document, new_ids: Mapping[int, int]) -> Do
     if processor.get("type") == "Sequence":
         parts = [_renumbered_processor(part, new_ids) for part in processor["processors"]]
         return processor | {"processors": parts}
-    changed = {
+    changed: Document = {
         key: [processor[key][0], new_ids[processor[key][1]]] for key in ("sep", "cls") if key in processor
     }
     if processor.get("type") == "TemplateProcessing":
@@ -235,7 +241,9 @@ def renumbered_config(config: Mapping[str, Any], new_ids: Mapping[int, int], whe
     found = {key: new(value) if key.endswith("_token_id") else value for key, value in config.items()}
     for key in _UNKNOWN:
         if found.get(key):
-            raise CheckpointError(f"{where}: {key} holds token ids that trim does not renumber; take it out first")
+            raise CheckpointError(
+                f"{where}: {key} holds token ids that trim does not renumber; take it out first"
+            )
     for key in _SUPPRESSED:
         if found.get(key):
             found[key] = [new_ids[i] for i in found[key] if i in new_ids]
