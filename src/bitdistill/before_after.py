@@ -43,7 +43,7 @@ def compare(
     result: dict[str, Any] = {}
     if recipe is not None:
         task = load_task(recipe.task)
-        found = _tokens(example_ids(task.test, was), example_ids(task.test, now), old_ids)
+        found = _tokens(example_ids(task, task.test, was), example_ids(task, task.test, now), old_ids)
         if models:
             before, after = (pipeline.evaluate_model(recipe, task, m, "test") for m in (source, trimmed))
             pairs = zip(before.items, after.items, strict=True)

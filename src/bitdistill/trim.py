@@ -180,7 +180,7 @@ def _encoded(
 ) -> Iterator[list[int]]:
     """Everything that the vocabulary is chosen by."""
     if task is not None:
-        yield from example_ids((*task.train, *task.validation), tokenizer)
+        yield from example_ids(task, (*task.train, *task.validation), tokenizer)
         encoder = PromptEncoder(tokenizer, 1 << 30)
         yield from (encoder.answer(label) for label in task.labels)  # one may be in no example
     for source in texts:

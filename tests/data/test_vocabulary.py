@@ -1,4 +1,4 @@
-"""Trimmed BPE vocabularies: the tokenizers library itself encodes the same texts to the same tokens, before and after."""
+"""Trimmed BPE vocabularies: the tokenizers library itself encodes the same texts to the same tokens as before."""
 
 import json
 import random
@@ -77,7 +77,9 @@ def test_texts_that_were_seen_keep_their_tokens(seed: int, texts: list[str], kin
     document = bpe("abc", random_merges(rng, "abc", 12), **options)  # z has no token
     before = library(document)
     _, needed = trim(document, texts)
-    after_document, old_ids = trim(document, texts, size=len(needed) + extra) if extra else trim(document, texts)
+    after_document, old_ids = (
+        trim(document, texts, size=len(needed) + extra) if extra else trim(document, texts)
+    )
     after = library(after_document)
     for text in texts:
         old, new = before.encode(text), after.encode(text)
@@ -87,7 +89,16 @@ def test_texts_that_were_seen_keep_their_tokens(seed: int, texts: list[str], kin
 
 
 def test_kept_merges_are_those_whose_parts_and_result_are_kept_in_their_order() -> None:
-    merges = [("a", "b"), ("c", "d"), ("ab", "c"), ("ab", "cd"), ("b", "c"), ("a", "bc"), ("e", "f"), ("ab", "e")]
+    merges = [
+        ("a", "b"),
+        ("c", "d"),
+        ("ab", "c"),
+        ("ab", "cd"),
+        ("b", "c"),
+        ("a", "bc"),
+        ("e", "f"),
+        ("ab", "e"),
+    ]
     document = bpe("abcdef", merges)
     # abcd = ab + cd, for c + d comes before ab + c; abc by its other ways is not on it, and bc is on no way.
     after, _ = trim(document, ["abcd"])
@@ -104,7 +115,16 @@ def test_merges_may_be_written_as_texts() -> None:
 
 
 def test_a_size_fills_with_frequent_tokens_then_with_the_lowest_merges() -> None:
-    merges = [("a", "b"), ("b", "c"), ("c", "d"), ("cd", "e"), ("ab", "cde"), ("d", "e"), ("x", "y"), ("xy", "z")]
+    merges = [
+        ("a", "b"),
+        ("b", "c"),
+        ("c", "d"),
+        ("cd", "e"),
+        ("ab", "cde"),
+        ("d", "e"),
+        ("x", "y"),
+        ("xy", "z"),
+    ]
     document = bpe("abcdexyz", merges)
     characters = list("abcdexyz")
     tokens = lambda **options: list(trim(document, ["a"], **options)[0]["model"]["vocab"])  # noqa: E731

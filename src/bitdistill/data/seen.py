@@ -9,17 +9,19 @@ from transformers import PreTrainedTokenizerBase
 from ..config import CorpusConfig
 from .corpus import leading_ids, read_documents
 from .prompts import PromptEncoder
-from .tasks import Example
+from .tasks import Example, Task
 
 BATCH = 1024
 """Examples or texts that are tokenised together."""
 
 
-def example_ids(examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Prompt, answer and end of every example, as the task encodes them, but never cut short."""
+def example_ids(
+    task: Task, examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase
+) -> Iterator[list[int]]:
+    """Prompt and answer of every example, as the task's fine-tune encodes them, but never cut short."""
     encoder = PromptEncoder(tokenizer, sys.maxsize)
     for start in range(0, len(examples), BATCH):
-        for encoded in encoder.examples(examples[start : start + BATCH], end=True):
+        for encoded in encoder.examples(examples[start : start + BATCH], end=task.kind != "classification"):
             yield encoded.prompt + encoded.answer
 
 
