@@ -62,7 +62,9 @@ def test_logits_of_kept_tokens_are_equal_to_the_bit(
     folder = run(source, tmp_path / "trimmed", texts=[texts])
     old_ids = old_ids_of(folder)
     assert len(old_ids) < 300
-    for text in SEEN:
+    for (
+        text
+    ) in SEEN:  # of seven tokens: for one or two, BLAS may sum in another order where there are fewer rows
         old, new = ids_of(source, text), ids_of(folder, text)
         assert [old_ids[i] for i in new] == old
         assert torch.equal(logits_of(folder, new), logits_of(source, old)[:, old_ids])

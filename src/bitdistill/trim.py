@@ -2,7 +2,7 @@
 
 A small student is half embedding. Rows of tokens that the task's data never use only take space, and time in the head.
 ``data/vocabulary.py`` says which tokens stay and why the data keep theirs. Nothing is trained: a text whose tokens stay
-has the hidden states it had, and of its logits the kept ones, so only the softmax has less to share out.
+has the hidden states it had, and of its logits the kept ones: only the softmax has fewer to share out among.
 """
 
 import json
