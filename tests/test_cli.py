@@ -16,7 +16,7 @@ from bitdistill.train import inspection, loading, stage3_distill
 
 VERBS = {
     "demo", "run", "base", "refine", "pretrain", "sft", "distill", "eval", "lm-eval", "inspect", "export", "report",
-    "generate", "chat", "bench",
+    "generate", "chat", "bench", "trim",
 }  # fmt: skip
 
 
@@ -35,6 +35,7 @@ VERBS = {
         "from bitdistill import cli; run(cli, 'generate', '--help')",
         "from bitdistill import cli; run(cli, 'generate', 'none', 'text')",
         "from bitdistill import cli; run(cli, 'bench', '--help')",
+        "from bitdistill import cli; run(cli, 'trim', '--help')",
     ],
 )
 def test_torch_is_not_imported_by(action):

@@ -65,7 +65,7 @@ def export(
 
     output = Path(output)
     _check_output(output)
-    _check_finished(source)
+    check_finished(source, "export")
     for option, form in (("--head", head), ("--embedding", embedding)):
         if form is not None and form not in FORMS:
             raise ConfigError(f"{option} {form}: use one of {', '.join(FORMS)}")
@@ -108,16 +108,17 @@ def _check_output(output: Path) -> None:
     )
 
 
-def _check_finished(source: str | Path) -> None:
+def check_finished(source: str | Path, verb: str) -> None:
+    """Raise CheckpointError for an exported model, or a step on its way; ``verb`` is what was to be done with it."""
     folder = Path(source)
     if is_packed(folder):
-        raise CheckpointError(f"{source} is an exported model already; export the student it came from")
+        raise CheckpointError(f"{source} is an exported model already; {verb} the student it came from")
     unfinished = folder.name.endswith(".partial") or (
         (folder / RUN_FILE).is_file() and read_run(folder).get("status") != "done"
     )
     if unfinished:
         raise CheckpointError(
-            f"{source} is a step that has not finished; run its command again, then export the finished folder"
+            f"{source} is a step that has not finished; run its command again, then {verb} the finished folder"
         )
 
 

@@ -65,4 +65,4 @@ def _how_it_was_made(folder: Path) -> list[str]:
     except CheckpointError:
         return []
     stage = record.get("settings", {}).get("stage", "unknown")
-    return ["", f"Last training step: {stage}, finished {record.get('finished', 'at an unknown time')}."]
+    return ["", f"Last step: {stage}, finished {record.get('finished', 'at an unknown time')}."]
