@@ -34,7 +34,6 @@ MOST_BYTES = {"sdist": 1_000_000, "wheel": 2_000_000}
 
 def make_student(folder: Path) -> None:
     """A packed student in ``model``, and in ``expected.json`` what transformers writes with the same weights."""
-    sys.path[:0] = [str(ROOT / "src"), str(ROOT / "tests")]
     import torch
     from small_project import SENTENCES, train_tokenizer
     from tiny_families import small_student
@@ -86,20 +85,21 @@ def make_student(folder: Path) -> None:
 def check_contents(sdist: Path, wheel: Path) -> None:
     """All that a build needs and nothing else in the sdist; the package and its licences in the wheel."""
     with tarfile.open(sdist) as archive:
-        inside = [Path(*Path(name).parts[1:]) for name in archive.getnames()]
-    assert {path.parts[0] for path in inside if path.parts} <= TOP_OF_SDIST, sorted(map(str, inside))
-    sources = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
-    assert sources <= set(inside), sources - set(inside)
-    assert not [path for path in inside if path.suffix in (".so", ".pyc")]
+        inside = {Path(*Path(name).parts[1:]) for name in archive.getnames()}
+    astray = {path for path in inside if path.parts[:1] and path.parts[0] not in TOP_OF_SDIST}
+    astray |= {path for path in inside if path.suffix in (".so", ".pyc")}
+    assert not astray, f"{sdist}: {sorted(map(str, astray))}"
+    missing = {path.relative_to(ROOT) for path in (ROOT / "csrc").rglob("*") if path.is_file()} - inside
+    assert not missing, f"{sdist} lacks {sorted(map(str, missing))}"
     with zipfile.ZipFile(wheel) as archive:
-        names = [Path(name) for name in archive.namelist()]
-    package, metadata = [[p for p in names if (p.parts[0] == "bitdistill") == ours] for ours in (True, False)]
-    assert {path.suffix for path in package} <= {".py", ".pyi", ".so", ".toml", ".typed"}, package
-    assert len([path for path in package if path.suffix == ".so"]) == 1, package
-    assert {path.parts[0] for path in metadata} == {f"bitdistill-{wheel.name.split('-')[1]}.dist-info"}, (
-        metadata
-    )
-    assert {"LICENSE", "THIRD_PARTY_LICENSES"} <= {path.name for path in metadata}, metadata
+        names = {Path(name) for name in archive.namelist() if not name.endswith("/")}
+    package = {path for path in names if path.parts[0] == "bitdistill"}
+    metadata = {path for path in names if path.parts[0] == f"bitdistill-{wheel.name.split('-')[1]}.dist-info"}
+    astray = names - package - metadata
+    astray |= {path for path in package if path.suffix not in (".py", ".pyi", ".so", ".toml", ".typed")}
+    assert not astray, f"{wheel}: {sorted(map(str, astray))}"
+    assert len({path for path in package if path.suffix == ".so"}) == 1, "one core is expected"
+    assert {path.name for path in metadata} >= {"LICENSE", "THIRD_PARTY_LICENSES"}, "the licences are missing"
     for kind, path in (("sdist", sdist), ("wheel", wheel)):
         assert path.stat().st_size <= MOST_BYTES[kind], f"{path}: {path.stat().st_size:,} bytes"
         print(f"{path.name}: {path.stat().st_size:,} bytes")
