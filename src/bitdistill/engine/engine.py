@@ -50,7 +50,7 @@ class Engine:
 
         Raises:
             CheckpointError: missing, damaged, or not for this version.
-            EngineError: an impossible number of threads, or another form of the cache.
+            EngineError: an impossible number of threads, another form of the cache, or a CPU without AVX2.
         """
         if kv_cache not in CACHE_FORMS:
             raise EngineError(f"kv_cache = {kv_cache!r}: use one of {', '.join(CACHE_FORMS)}")

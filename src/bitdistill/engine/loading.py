@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..errors import CheckpointError
+from ..errors import CheckpointError, EngineError
 from ..packed import WEIGHTS_FILE, Entry, read_header, read_json_object, read_packed_config
 from .families import FAMILIES, activation, check_settings, core_name, layer_settings
 
@@ -72,6 +72,7 @@ class PackedModel:
 
         Raises:
             CheckpointError: the contents do not fit the settings, or are damaged.
+            EngineError: this CPU has no AVX2, or ``BITDISTILL_ISA`` names what it cannot run.
         """
         config = self.core_config()
         path = self.folder / WEIGHTS_FILE
@@ -79,6 +80,8 @@ class PackedModel:
             return _core.Model(str(path), self.core_tensors(), config, threads=threads, mmap=mmap)
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}; fetch or export the model again") from error
+        except RuntimeError as error:  # the core's only one: no kernels for this CPU; it says the remedy
+            raise EngineError(str(error)) from error
 
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end a text: generation_config.json's, or else config.json's."""
