@@ -2,6 +2,7 @@
 # make test   lint, types, import rules, tests
 # make test-sanitize   the engine core under address and undefined-behaviour sanitizers
 # make test-arm   the engine core for AArch64, cross-compiled and emulated; says which system packages that needs
+# make wheel  sdist and wheel into dist; make smoke also runs the wheel where there is no compiler and no torch
 # make test-matrix   students and tests in the oldest and the newest transformers; installs each
 # All set up .venv on first use. PYTHON chooses the interpreter.
 PYTHON ?= python3
@@ -12,7 +13,7 @@ SEEDS := 0 1 2
 JOBS ?= 2
 DATA ?=
 
-.PHONY: demo demo-seeds test test-sanitize test-arm test-matrix lint bench clean
+.PHONY: demo demo-seeds test test-sanitize test-arm test-matrix wheel smoke lint bench clean
 
 $(VENV)/installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.* csrc/kernels/*.*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -56,6 +57,14 @@ test-arm: $(VENV)/installed
 
 test-matrix: $(VENV)/installed
 	$(BIN)/python tests/transformers_matrix.py --output benchmarks/transformers_matrix.json
+
+# The wheel is built from the sdist.
+wheel: $(VENV)/installed
+	rm -rf dist
+	$(BIN)/python -m build
+
+smoke: wheel
+	$(BIN)/python tests/wheel_smoke.py
 
 # DATA is the folder that benchmarks/real_input/prepare.py describes; needed once.
 bench: $(VENV)/installed

@@ -11,7 +11,7 @@ constexpr size_t kHeadRowsDealt = 512;
 class LayerPass {
  public:
   LayerPass(const Model& model, Chunk chunk, Workspace& work, Worker& worker)
-      : model_(model), config_(model.config()), room_(model.room()), chunk_(chunk), work_(work), worker_(worker) {}
+      : config_(model.config()), room_(model.room()), chunk_(chunk), work_(work), worker_(worker) {}
 
   // Inputs of linears that read x = [tokens][x_stride]: normed by `norm` (null: as it is), then by each linear's own
   // norm, then quantised or kept as floats. Linears without a norm of their own share one input.
@@ -100,7 +100,6 @@ class LayerPass {
     }
   }
 
-  const Model& model_;
   const Config& config_;
   const KernelTable& room_;
   Chunk chunk_;

@@ -22,10 +22,9 @@ import pytest
 import torch
 from command_line import Outcome, run_cli, run_python
 from hypothesis import settings
-from small_project import SENTENCES, write_project
+from small_project import SENTENCES, train_tokenizer, write_project
 from tiny_encoders import small_encoder, wordpiece
 from tiny_families import small_model, small_student
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 # Derandomised: a test that passed on one machine draws the same examples on the next.
@@ -80,18 +79,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
-    """Byte-level BPE over the sentences; its ids fit the small models."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|end|>", "<|pad|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(SENTENCES, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|pad|>")
+    """See ``train_tokenizer``."""
+    return train_tokenizer()
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The command line: it answers without torch, every verb works on its own, results are written as JSON."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import typer.main
 from transformers import AutoModelForCausalLM
+from wheel_check import WITHOUT_TORCH
 
 from bitdistill import __version__, pipeline
 from bitdistill import cli as cli_module
@@ -53,6 +55,34 @@ sys.exit(any(name in sys.modules for name in ("torch", "transformers", "datasets
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_verb_that_needs_more_than_the_wheel_brings_names_the_extra(tmp_path):
+    """What ``make smoke`` sees where the packages are not installed; here their import fails as it does there."""
+    code = """
+import json, sys
+from command_line import run_cli
+class NotInstalled:
+    def find_spec(self, name, *_):
+        if name in ("torch", "transformers", "accelerate", "datasets", "lm_eval"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, NotInstalled())
+verbs = json.loads(sys.argv[1])
+print(json.dumps({verb: [(o := run_cli(verb, *arguments)).status, o.err] for verb, (arguments, _) in verbs.items()}))
+"""
+    (tmp_path / "recipe.toml").write_text('name = "x"\n', encoding="utf-8")
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(WITHOUT_TORCH)],
+        cwd=tmp_path, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    for verb, (status, message) in json.loads(done.stdout).items():
+        extra = WITHOUT_TORCH[verb][1]
+        assert status == 1, verb
+        assert message.startswith("error: this verb needs "), verb
+        assert message.endswith(f"; install it with: pip install 'bitdistill[{extra}]'\n"), verb
+        assert message.count("\n") == 1, verb
 
 
 def test_help_lists_every_verb(cli):

@@ -35,9 +35,7 @@ Output = Annotated[Path, typer.Option(help="Folder of the new checkpoint.")]
 INTERRUPTED = 130
 """Exit status after Ctrl-C (128 + SIGINT), which typer turns into an exit."""
 
-_EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "datasets"), "train,report") | {
-    "lm_eval": "eval"
-}
+_EXTRAS = dict.fromkeys(("torch", "transformers", "accelerate", "datasets"), "train") | {"lm_eval": "eval"}
 """Packages that not every installation has -> the extra that brings them."""
 _debug = False
 

@@ -247,6 +247,14 @@ def test_other_impossible_calls(engine: Engine, packed: Path) -> None:
             Engine(packed, threads=threads)  # type: ignore[arg-type]
 
 
+def test_an_instruction_set_that_does_not_run_is_one_message(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BITDISTILL_ISA", "sse2")
+    with pytest.raises(EngineError, match="BITDISTILL_ISA = 'sse2' is unknown; this build has scalar"):
+        Engine(packed)
+
+
 # --- one process, many users; no torch ---
 
 

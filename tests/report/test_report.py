@@ -447,7 +447,7 @@ def test_missing_or_damaged_result(tmp_path: Path, content: str | None, problem:
 
 def test_without_matplotlib(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(BitDistillError, match=re.escape("pip install bitdistill[report]")):
+    with pytest.raises(BitDistillError, match=re.escape("pip install 'bitdistill[report]'")):
         write_report(run_dir)
     assert not list(run_dir.glob("*report.*"))
 

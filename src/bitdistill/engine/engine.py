@@ -53,7 +53,8 @@ class Engine:
 
         Raises:
             CheckpointError: missing, damaged, or not for this version.
-            EngineError: an impossible number of threads, another form of the cache, a head that cannot be screened.
+            EngineError: an impossible number of threads, another form of the cache, a head that cannot be screened,
+                or a CPU without the kernels.
         """
         if kv_cache not in CACHE_FORMS:
             raise EngineError(f"kv_cache = {kv_cache!r}: use one of {', '.join(CACHE_FORMS)}")

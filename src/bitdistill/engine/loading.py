@@ -72,7 +72,8 @@ class PackedModel:
 
         Raises:
             CheckpointError: the contents do not fit the settings, or are damaged.
-            EngineError: a head that cannot be screened.
+            EngineError: a head that cannot be screened; a CPU without kernels, or ``BITDISTILL_ISA`` names what it
+                cannot run.
         """
         head = self.entries.get("lm_head.weight") or self.entries.get("model.embed_tokens.weight")
         if screened and head is not None and head.dtype not in ("BF16", "F32"):
@@ -88,6 +89,8 @@ class PackedModel:
             )
         except ValueError as error:
             raise CheckpointError(f"{path}: {error}; fetch or export the model again") from error
+        except RuntimeError as error:  # the core's only one: no kernels for this CPU; it says the remedy
+            raise EngineError(str(error)) from error
 
     def stop_tokens(self) -> tuple[int, ...]:
         """Ids that end a text: generation_config.json's, or else config.json's."""

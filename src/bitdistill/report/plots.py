@@ -196,7 +196,7 @@ def _draw(owner: str, title: str, paint: "Callable[[Axes], None]", *, height: fl
         from matplotlib.figure import Figure
     except ImportError as error:
         raise BitDistillError(
-            "a report needs matplotlib, which is not installed: pip install bitdistill[report]"
+            "a report needs matplotlib, which is not installed: pip install 'bitdistill[report]'"
         ) from error
     prefix = f"c{digest_of([owner, title])}"
     with matplotlib.rc_context():
