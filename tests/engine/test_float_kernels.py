@@ -116,6 +116,24 @@ def test_attention_over_codes_at_their_ends(isa: str) -> None:
     np.testing.assert_allclose(got, 5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["fp32", "fp16", "int8"])
+def test_attention_over_a_long_text(isa: str, form: str) -> None:
+    """32,768 positions: 128 chunks of keys, whose running maximum and sum are carried all the way."""
+    torch.manual_seed(0)
+    positions, dim = 32768, 16
+    query, key, value = torch.randn(2, 2, dim) * 4, torch.randn(positions, 1, dim), torch.randn(positions, 1, dim)
+    if form == "fp16":
+        key, value = key.half().float(), value.half().float()
+    if form == "int8":
+        key, value = (torch.mul(*quantize_int8(x)) for x in (key, value))
+    scores = torch.einsum("qhd,kd->qhk", query.double(), key[:, 0].double()) * 0.25
+    scores[0, :, -1] = -torch.inf  # the first of two tokens does not see the second
+    expected = scores.softmax(-1) @ value[:, 0].double()
+    got = _core.attend(query.numpy(), key.numpy(), value.numpy(), 0.25, isa=isa, kv=form)
+    # Roundings of thousands of keys are independent of each other: far below the bound of the test before.
+    np.testing.assert_allclose(got, expected.numpy(), rtol=1e-4, atol=2e-4 if form == "int8" else 2e-5)
+
+
 def test_attention_with_scores_far_apart(isa: str) -> None:
     """exp underflows for all keys but one, and the best key comes last: the running maximum must carry it."""
     query = np.full((1, 1, 16), 30, np.float32)
