@@ -121,7 +121,11 @@ def test_attention_over_a_long_text(isa: str, form: str) -> None:
     """32,768 positions: 128 chunks of keys, whose running maximum and sum are carried all the way."""
     torch.manual_seed(0)
     positions, dim = 32768, 16
-    query, key, value = torch.randn(2, 2, dim) * 4, torch.randn(positions, 1, dim), torch.randn(positions, 1, dim)
+    query, key, value = (
+        torch.randn(2, 2, dim) * 4,
+        torch.randn(positions, 1, dim),
+        torch.randn(positions, 1, dim),
+    )
     if form == "fp16":
         key, value = key.half().float(), value.half().float()
     if form == "int8":
