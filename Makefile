@@ -51,7 +51,7 @@ test-sanitize: $(VENV)/installed
 		$(BIN)/pytest -n $(JOBS) tests/engine
 
 # An AArch64 Python comes into build/aarch64 (a gigabyte, most of it torch). ARM_TESTS=tests/engine runs all of the engine's.
-ARM_TESTS ?= tests/engine/test_isa.py tests/engine/test_kernels.py tests/engine/test_float_kernels.py
+ARM_TESTS ?= $(addprefix tests/engine/test_, isa.py kernels.py float_kernels.py session.py damaged_files.py)
 test-arm: $(VENV)/installed
 	$(BIN)/python tests/aarch64.py $(ARM_TESTS)
 
