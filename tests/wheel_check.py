@@ -41,6 +41,7 @@ WITHOUT_TORCH: dict[str, tuple[tuple[str, ...], str]] = {
     "distill": ((*STEP, "--teacher", "z"), "train"),
     "eval": (("recipe.toml", "x"), "train"),
     "inspect": (("x",), "train"),
+    "trim": (("x", "y"), "train"),
     "export": (("x", "y"), "train"),
     "lm-eval": (("x", "--tasks", "arc_easy"), "eval"),
 }
