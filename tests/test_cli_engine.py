@@ -154,6 +154,7 @@ def test_a_finished_student_is_recorded_beside_torch_and_full_precision(
         (("bench", "--shape", "qwen3-0.6b", "--screening"), "leave one out"),
         (("bench", "{packed}", "--vocabulary", "9"), "a model has its own"),
         (("bench", "--shape", "qwen3-0.6b", "--format", "BF16"), "with --versus"),
+        (("bench", "--shape", "qwen3-0.6b", "--labels", "2", "--batch", "2"), "leave out --versus, --batch"),
         (("bench", "--shape", "qwen3-0.6b", "--versus", "vllm"), "the one peer is llama.cpp"),
         (("bench", "{packed}", "--versus", "llama.cpp"), "name one"),
     ],

@@ -98,8 +98,8 @@ class Model:
     """Weights in memory and the threads that use them. Immutable, shared by sessions.
 
     Tensor names are Hugging Face's (docs/format.md). Which optional tensors are there decides what runs: ``bias``,
-    ``norm.weight`` under a linear, ``q_norm`` and ``k_norm``, ternary (U8), BF16 or F32 linears, a BF16, F32 or I8
-    head. BitNet's ``attn_sub_norm`` and ``ffn_sub_norm`` come under the names ``self_attn.o_proj.norm.weight`` and
+    ``norm.weight`` under a linear, ``q_norm`` and ``k_norm``, ternary (U8), BF16 or F32 linears, a BF16, F32, I8 or
+    int4 head. BitNet's ``attn_sub_norm`` and ``ffn_sub_norm`` come under the names ``self_attn.o_proj.norm.weight`` and
     ``mlp.down_proj.norm.weight``. A tensor that no part of the decoder uses is an error.
     """
 
@@ -134,7 +134,8 @@ class Model:
         ``head`` (0 when tied), ``screen`` (the copy that screens the head), ``mapped`` (of all these, file pages)."""
 
     def decode_bytes(self, context: int = 0, kv: str = "fp16") -> int:
-        """Bytes that one decode step reads from memory: weights, head, and an fp16 KV cache of ``context`` tokens."""
+        """Bytes that one decode step reads from memory: weights, head (or its screen), and keys and values of ``context`` tokens
+        in the form ``kv``."""
 
 # --- text ---
 

@@ -85,7 +85,7 @@ def test_text_goes_on_after_a_stop_and_with_other_samplers(
     assert texts[0][1][1] == "stop"
 
 
-def test_a_head_that_is_not_finite_is_read_whole(make_student: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_head_with_an_infinite_weight(make_student: Callable[..., Any], tmp_path: Path) -> None:
     model = make_student("qwen3", max_position_embeddings=128, tie_word_embeddings=False)
     with torch.no_grad():
         model.lm_head.weight[7, 3] = float("inf")

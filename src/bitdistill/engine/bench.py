@@ -3,7 +3,7 @@
     prefill:  roofline_share = tok_s * ternary weights / probed int8 multiply-adds a second
     decode:   roofline_share = tok_s / batch * bytes read for a token / probed bytes a second
     classify: label logits after a text, as prefill
-    load:     first_token_s of a fresh process, from opening the file to the first token after LOAD_PROMPT tokens
+    load:     first_token_s of a fresh process: opening the file and loading, then LOAD_PROMPT tokens to the first token
 
 Embedding, head, norms and attention are part of the measured time. The machine is probed before and after every sample,
 since the bandwidth of a shared machine doubles and halves within seconds; decoding is therefore sampled in slices of
@@ -88,6 +88,10 @@ def run_bench(
         )
     if measured.head not in HEADS:
         raise ConfigError(f"--head {measured.head}: use one of {', '.join(HEADS)}")
+    if measured.labels is not None and (versus or measured.batches or measured.profile):
+        raise ConfigError("--labels measures classification alone; leave out --versus, --batch and --profile")
+    if measured.vocabulary is not None and versus:
+        raise ConfigError("--versus has the whole vocabulary of the shape; leave --vocabulary out")
     for option, values, most in (
         ("--threads", threads, 1024),
         ("--batch", measured.batches, 256),
@@ -134,7 +138,8 @@ def _measure(
         peer_options = {"shape": shape, "threads": threads, "form": form}
         peer = Side("llama.cpp", form, processes.enter_context(Process("bench_peer", peer_options)))
     for phase, tokens, batch in measured.phases():
-        if tokens >= own.facts["max_context"] - DECODE_PROMPT:
+        # Beside a batch its first text is decoded alone as well, and goes twice as far.
+        if DECODE_PROMPT + 1 + tokens * (2 if batch > 1 else 1) > own.facts["max_context"]:
             continue
         rival = peer if batch == 1 else Side("batch 1", None, own)
         samples = list(_samples(own, rival, probe, phase, tokens, batch, budget))
