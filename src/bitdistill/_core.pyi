@@ -134,8 +134,8 @@ class Model:
         ``head`` (0 when tied), ``screen`` (the copy that screens the head), ``mapped`` (of all these, file pages)."""
 
     def decode_bytes(self, context: int = 0, kv: str = "fp16") -> int:
-        """Bytes that one decode step reads from memory: weights, head (or its screen), and keys and values of ``context`` tokens
-        in the form ``kv``."""
+        """Bytes that one decode step reads from memory: weights, head (or its screen), and keys and values of
+        ``context`` tokens in the form ``kv``."""
 
 # --- text ---
 

@@ -138,8 +138,7 @@ def _measure(
         peer_options = {"shape": shape, "threads": threads, "form": form}
         peer = Side("llama.cpp", form, processes.enter_context(Process("bench_peer", peer_options)))
     for phase, tokens, batch in measured.phases():
-        # Beside a batch its first text is decoded alone as well, and goes twice as far.
-        if DECODE_PROMPT + 1 + tokens * (2 if batch > 1 else 1) > own.facts["max_context"]:
+        if DECODE_PROMPT + 1 + tokens > own.facts["max_context"]:
             continue
         rival = peer if batch == 1 else Side("batch 1", None, own)
         samples = list(_samples(own, rival, probe, phase, tokens, batch, budget))

@@ -1,7 +1,7 @@
 """This package's engine as the benchmark drives it; see ``bench_process`` for the protocol.
 
 {"prefill": n, "batch": b}  ->  {"seconds", "first_token_s", "cpu_share"}   b new texts of n random tokens
-{"decode": n, "batch": b}   ->  {"seconds", "cpu_share"}                    n more tokens of the first b of them
+{"decode": n, "batch": b}   ->  {"seconds", "cpu_share"}                    n more tokens of them, or of one beside them
 {"classify": n}   ->  {"seconds", "first_token_s", "cpu_share"}   label logits after a text of n random tokens
 {"memory": true}  ->  {"peak_rss_bytes", "weight_bytes", "kv_bytes"}
 {"profile": "prefill" or "decode", "tokens": n}  ->  {"seconds": {phase: s}, "work": {phase: multiply-adds or bytes}}
@@ -52,6 +52,8 @@ class OwnModel:
         self.rng = np.random.default_rng(0)
         self.kv = kv
         self.sessions: list[_core.Session] = []
+        self.alone = _core.Session(self.core, kv=kv)
+        """What is decoded beside a batch."""
         self.labels = None if labels is None else _core.LabelHead(self.core, list(range(labels)), kv=kv)
 
     def facts(self) -> dict[str, Any]:
@@ -91,8 +93,9 @@ class OwnModel:
         batch = request.get("batch", 1)
         if "prefill" in request:
             return self._prefill(request["prefill"], batch)
+        texts = self.sessions if batch == len(self.sessions) else [self.alone]
         with Stopwatch() as watch:
-            self._decode(self.sessions[:batch], request["decode"])
+            self._decode(texts, request["decode"])
         return watch.figures()
 
     def _text(self, tokens: int) -> NDArray[np.int32]:
@@ -111,6 +114,9 @@ class OwnModel:
                 _core.forward_together(self.sessions, prompts)
         with Stopwatch() as after:
             self._decode(self.sessions, 1)
+        if batch > 1:
+            self.alone.truncate(0)
+            self.alone.forward(prompts[0])
         return watch.figures() | {"first_token_s": watch.seconds + after.seconds}
 
     def _decode(self, sessions: list[_core.Session], tokens: int) -> None:
