@@ -18,7 +18,7 @@ from bitdistill.train import inspection, loading, stage3_distill
 
 VERBS = {
     "demo", "run", "base", "refine", "pretrain", "sft", "distill", "eval", "lm-eval", "inspect", "export", "report",
-    "generate", "chat", "bench", "trim",
+    "generate", "chat", "bench", "trim", "sweep",
 }  # fmt: skip
 
 

@@ -42,6 +42,7 @@ WITHOUT_TORCH: dict[str, tuple[tuple[str, ...], str]] = {
     "eval": (("recipe.toml", "x"), "train"),
     "inspect": (("x",), "train"),
     "trim": (("x", "y"), "train"),
+    "sweep": (("recipe.toml",), "train"),
     "export": (("x", "y"), "train"),
     "lm-eval": (("x", "--tasks", "arc_easy"), "eval"),
 }

@@ -2,10 +2,10 @@
 
     python benchmarks/real_input/prepare.py DATA OUT
 
-DATA holds ``corpora/`` (eltec_eng.tar.xz, openstax.tar.xz, pepys_diary.txt.xz, *.txt), ``sst2/`` (train.tsv, dev.tsv)
-and ``checkpoints/stories260K/hf``. OUT receives ``corpus/`` (prose), ``stories.jsonl`` (one TinyStories story per
-line), ``sst2/`` and ``stories260K/`` (the checkpoint, with its tokenizer's end-of-text token set to the one that its
-config names: the separator it was trained with).
+DATA holds ``corpora/`` (eltec_eng.tar.xz, openstax.tar.xz, pepys_diary.txt.xz, *.txt), ``sst2/``, ``qnli/`` and ``mnli/``
+(GLUE's TSV files, ``train_subset.tsv`` where there is a part of the training data) and ``checkpoints/stories260K/hf``. OUT
+receives ``corpus/`` (prose), ``stories.jsonl`` (one TinyStories story per line), the tasks and ``stories260K/`` (the
+checkpoint, with its tokenizer's end-of-text token set to the one that its config names: the separator it was trained with).
 """
 
 import json
@@ -29,14 +29,15 @@ def main(data: Path, out: Path) -> None:
         lzma.decompress((data / "corpora" / "pepys_diary.txt.xz").read_bytes())
     )
     for path in (data / "corpora").glob("*.txt"):
-        shutil.copy(path, corpus / path.name)
+        shutil.copyfile(path, corpus / path.name)
     stories = (data / "corpora" / "tinystories_sample_2MB.txt").read_text(encoding="utf-8").split(STORY_END)
     with (out / "stories.jsonl").open("w", encoding="utf-8") as stream:
         for story in filter(None, map(str.strip, stories)):
             stream.write(json.dumps({"text": story}) + "\n")
-    (out / "sst2").mkdir(exist_ok=True)
-    for name in ("train.tsv", "dev.tsv"):
-        shutil.copy(data / "sst2" / name, out / "sst2" / name)
+    for task in ("sst2", "qnli", "mnli"):
+        (out / task).mkdir(exist_ok=True)
+        for path in (data / task).glob("*.tsv"):
+            shutil.copyfile(path, out / task / path.name.replace("_subset", ""))
     checkpoint = out / "stories260K"
     checkpoint.mkdir(exist_ok=True)
     for path in (data / "checkpoints" / "stories260K" / "hf").iterdir():

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.logging import RichHandler
 
-from . import __version__, cli_engine, cli_eval, cli_plan, cli_trim
+from . import __version__, cli_engine, cli_eval, cli_plan, cli_sweep, cli_trim
 from .cli_output import JsonFile, Overrides, RecipeFile, console, load, stderr, write_json_to
 from .errors import BitDistillError
 
@@ -268,6 +268,7 @@ def report(
 cli_eval.add_verbs(app)
 cli_engine.add_verbs(app)
 cli_trim.add_verbs(app)
+cli_sweep.add_verbs(app)
 
 
 def _step(

@@ -122,9 +122,10 @@ class Method:
 
     def grid(self, recipe: Recipe) -> list[tuple[float | None, str]]:
         """Learning rates that are tried (None: the section's own), each with its folder."""
-        if not recipe.run.learning_rates:
+        rates = recipe.run.rates_of(self.key)
+        if not rates:
             return [(None, self.folder)]
-        return [(rate, f"{self.folder}/lr-{rate:g}") for rate in recipe.run.learning_rates]
+        return [(rate, f"{self.folder}/lr-{rate:g}") for rate in rates]
 
     @property
     def needs_teacher(self) -> bool:
@@ -169,7 +170,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
         check_finished_classifier(teacher, teacher_config, task)
     path = recipe.run_dir / "result.json"
     stored = _stored_result(path, recipe)
-    reference = baselines(task)
+    reference = baselines(task) if recipe.run.judged_on == "test" else {}
     rows: dict[str, Any] = {}
     for method in methods:
         row, metric, checkpoint = _run_method(recipe, task, method, source, teacher)
@@ -231,29 +232,29 @@ def _run_method(
         candidates.append((evaluate_step(recipe, task, tuned, "validation").value, rate, folder, tuned))
     # The first of equals wins, so the order of the grid decides ties.
     validation, rate, folder, tuned = max(candidates, key=lambda c: c[0])
-    test = evaluate_step(recipe, task, tuned, "test")
+    found = evaluate_step(recipe, task, tuned, recipe.run.judged_on)
     steps.append(folder)
     records = {name: read_run(recipe.run_dir / name) for name in steps}
     size = model_size(load_model(tuned))
     training = records[folder]["settings"]["training"]
     row = {
         "label": method.label,
-        test.metric: test.value,
-        "stderr": test.stderr,
+        found.metric: found.value,
+        "stderr": found.stderr,
         "bytes": size.bytes,
         "parameters": size.parameters,
         "learning_rate": training["learning_rate"],
-        f"validation_{test.metric}": validation,
+        f"validation_{found.metric}": validation,
         "steps": steps,
         "time_s": {name: step_seconds(record) for name, record in records.items()},
     }
-    if test.others:
-        row["metrics"] = scores_as_dict(test.others)
+    if found.others:
+        row["metrics"] = scores_as_dict(found.others)
     if len(candidates) > 1:
         row["grid"] = {f"{lr:g}": value for value, lr, _, _ in candidates}
         row["tried"] = [tried for _, _, tried, _ in candidates]
-    logger.info("%s: %s %.4f", method.label, test.metric, test.value)
-    return row, test.metric, tuned
+    logger.info("%s: %s %.4f", method.label, found.metric, found.value)
+    return row, found.metric, tuned
 
 
 def step_seconds(record: dict[str, Any]) -> float:
@@ -289,8 +290,7 @@ def evaluate_model(recipe: Recipe, task: Task, source: str | Path, split: str) -
     tokenizer = load_tokenizer(source, revision)
     if is_encoder(config):
         model = load_finished_classifier(source, revision, task)
-        examples = task.test if split == "test" else task.validation
-        return evaluate_classifier(model, tokenizer, examples, recipe.task.max_length)
+        return evaluate_classifier(model, tokenizer, task.part(split), recipe.task.max_length)
     scorer = TorchScorer(load_model(source, revision), tokenizer)
     return evaluate_scorer(recipe, task, scorer, tokenizer, split)
 
@@ -300,7 +300,7 @@ def evaluate_scorer(
 ) -> Evaluation:
     """Evaluate whatever answers for a model, torch or the engine, on ``validation`` or ``test``."""
     encoder = PromptEncoder(tokenizer, recipe.task.max_length)
-    examples = task.test if split == "test" else task.validation
+    examples = task.part(split)
     if task.kind == "summarisation":
         return evaluate_summaries(scorer, encoder, examples, recipe.task.max_new_tokens)
     if task.kind == "generation":
@@ -337,7 +337,7 @@ def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
 
 def heldout_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedSequences:
     """The part of the corpus that no training step reads, packed."""
-    shards = build_shards(recipe.corpus, "heldout", tokenizer, recipe.run_dir / "shards")
+    shards = build_shards(recipe.corpus, "heldout", tokenizer, recipe.shards_dir)
     return PackedSequences(shards, recipe.corpus.sequence_length)
 
 
@@ -346,13 +346,15 @@ def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> d
     if recipe.base is not None:
         steps |= {"base-blank", "base"}
     steps |= {folder.name for folder in finished_caches(recipe.run_dir)}
+    judged_on = recipe.run.judged_on
     return {
         "name": recipe.name,
         "task": task.name,
         "seed": recipe.seed,
         "train_items": len(task.train),
-        "eval_items": len(task.test),
-        "majority_accuracy": task.majority_accuracy,
+        "judged_on": judged_on,
+        "eval_items": len(task.part(judged_on)),
+        "majority_accuracy": task.majority_accuracy(judged_on),
         "last_run_s": round(seconds, 1),
         "total_time_s": round(sum(step_seconds(read_run(recipe.run_dir / step)) for step in steps), 1),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -131,7 +131,7 @@ def build_recipe(
         _put(document, key.strip(), _parse_value(text.strip()), f"--set {override}")
     distill = document.get("distill")
     if isinstance(distill, dict):
-        preset = distill.pop("preset", "default")
+        preset = distill.get("preset", "default")
         if not isinstance(preset, str) or preset not in DISTILL_PRESETS:
             raise ConfigError(f"distill.preset = {preset!r}: use one of {', '.join(DISTILL_PRESETS)}")
         switched_off = {key for weight, keys in KD_KEYS.items() if distill.get(weight) == 0 for key in keys}
@@ -144,6 +144,29 @@ def build_recipe(
             raise ConfigError(f"base.preset = {preset!r}: use one of {', '.join(BASE_PRESETS)}")
         document["base"] = with_base_preset(base, preset)
     return typing.cast("Recipe", _build(Recipe, document, prefix=""))
+
+
+def split_grid(text: str) -> tuple[str, tuple[Any, ...]]:
+    """Key and values of ``section.key=a,b,c``; commas inside brackets and quotes belong to a value.
+
+    Raises:
+        ConfigError: there is no key or no value.
+    """
+    key, _, listed = text.partition("=")
+    parts, depth, quote = [""], 0, ""
+    for character in listed:
+        if quote:
+            quote = "" if character == quote else quote
+        elif character in "\"'":
+            quote = character
+        depth += (character in "[{") - (character in "]}") if not quote else 0
+        if character == "," and not depth and not quote:
+            parts.append("")
+        else:
+            parts[-1] += character
+    if not key.strip() or not all(part.strip() for part in parts):
+        raise ConfigError(f"{text}: write section.key=a,b,c, for example distill.gamma_relation=0.1,1,10")
+    return key.strip(), tuple(_parse_value(part.strip()) for part in parts)
 
 
 def _put(document: dict[str, Any], key: str, value: Any, what: str) -> None:

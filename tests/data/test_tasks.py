@@ -95,12 +95,12 @@ def test_a_generation_task_keeps_the_target_text_as_it_is(tmp_path):
     assert [(e.prompt, e.answer, e.label) for e in task.test] == [("x TL;DR", "7", None)]
     answers = {e.prompt: e.answer for e in (*task.train, *task.validation)}
     assert answers == {f"a{i} TL;DR": f" Summary {i}.\n" for i in range(20)}
-    assert task.majority_accuracy is None
+    assert task.majority_accuracy() is None
 
 
 def test_majority_accuracy_is_the_share_of_the_commonest_test_label(tmp_path):
     test = [{"text": str(i), "label": int(i < 3)} for i in range(4)]
-    assert jsonl_task(tmp_path, some_rows(20), test).majority_accuracy == 0.75
+    assert jsonl_task(tmp_path, some_rows(20), test).majority_accuracy() == 0.75
 
 
 def test_tsv_text_keeps_its_quotes(tmp_path):

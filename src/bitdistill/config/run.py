@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from .checks import check
 from .data import CorpusConfig, ModelConfig, TaskConfig
@@ -24,6 +25,10 @@ class RunConfig:
     """Rows of the table: a method of METHODS, with ablations behind a colon if wanted."""
     learning_rates: tuple[float, ...] = ()
     """Grid for every task fine-tune, chosen on held-out training data; empty uses each section's own."""
+    method_rates: tuple[str, ...] = ()
+    """Learning rates of single methods, as ``method=rate``, in place of the grid: what an earlier run has chosen."""
+    judged_on: Literal["test", "validation"] = "test"
+    """Items behind the score of every row: ``validation`` never opens the test items, so that choices can be made."""
 
     def __post_init__(self) -> None:
         check(len(self.methods) > 0, "run.methods", self.methods, f"use some of {', '.join(METHODS)}")
@@ -52,6 +57,26 @@ class RunConfig:
             )
         for rate in self.learning_rates:
             check(rate > 0, "run.learning_rates", rate, "use positive numbers")
+        for entry in self.method_rates:
+            method, rate = _method_rate(entry)
+            remedy = f"write METHOD=RATE, with one of run.methods ({', '.join(self.methods)}) and a positive number"
+            check(method in self.methods and rate > 0, "run.method_rates", entry, remedy)
+
+    def rates_of(self, method: str) -> tuple[float, ...]:
+        """Learning rates that a method tries; empty: the one of its section."""
+        for name, rate in map(_method_rate, self.method_rates):
+            if name == method:
+                return (rate,)
+        return self.learning_rates
+
+
+def _method_rate(entry: str) -> tuple[str, float]:
+    """Method and rate of ``method=rate``; a rate of 0 where there is none."""
+    method, _, text = entry.partition("=")
+    try:
+        return method, float(text)
+    except ValueError:
+        return method, 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +87,9 @@ class Recipe:
     """Name of the run; its results go to ``<output_dir>/<name>``."""
     output_dir: str = "runs"
     """Folder of all runs."""
+    steps_dir: str = ""
+    """Folder of the steps and tokenised text that runs share, named by what decides them: a run makes what is not there
+    and links to the rest. Empty: each run has its own."""
     seed: int = 0
     """Seed of weights, sample order and subsets."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -101,6 +129,16 @@ class Recipe:
     @property
     def run_dir(self) -> Path:
         return Path(self.output_dir) / self.name
+
+    @property
+    def shared_steps(self) -> Path | None:
+        """``steps_dir``, if there is one."""
+        return Path(self.steps_dir) if self.steps_dir else None
+
+    @property
+    def shards_dir(self) -> Path:
+        """Folder of the tokenised text."""
+        return (self.shared_steps or self.run_dir) / "shards"
 
     def revision_of(self, source: str | Path) -> str | None:
         """The hub revision to load a checkpoint at: the recipe's for the recipe's model, none for any other."""

@@ -52,6 +52,14 @@ class RefineConfig:
 class PretrainConfig(CorpusTrainingConfig):
     """Stage 2: continued pre-training on general text."""
 
+    seed: int | None = None
+    """Seed of the order of the text; the recipe's if not given. With one for all, runs of a study share stage 2."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        remedy = "use a whole number from 0 to 2^32 - 1"
+        check(self.seed is None or 0 <= self.seed < 2**32, "pretrain.seed", self.seed, remedy)
+
 
 @dataclass(frozen=True, kw_only=True)
 class SftConfig(TrainingConfig):
@@ -84,6 +92,8 @@ KD_KEYS = {
 class DistillConfig(TrainingConfig):
     """Stage 3: CE + lambda_logits * logits KD + gamma_relation * relation KD (BitDistill, eq. 13)."""
 
+    preset: Literal["default", "paper", "authors"] = "default"
+    """Values that the keys below start from; what is written wins."""
     epochs: float = 2.0
     """Passes over the training data."""
     teacher: str = ""

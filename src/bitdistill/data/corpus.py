@@ -24,6 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from ..checkpoint import digest_of, file_digest, write_json
 from ..config import CorpusConfig
 from ..errors import DataError
+from ..locks import locked
 from ..processes import on_main_process
 from . import grammar
 from .npyfile import GrowingArray
@@ -188,8 +189,9 @@ def build_shards(
     folder = cache_dir / f"{part}-{key}"
 
     def build() -> None:
-        if not (folder / "meta.json").is_file():
-            _tokenize_part(config, part, tokenizer, folder)
+        with locked(folder.with_suffix(".lock")):
+            if not (folder / "meta.json").is_file():
+                _tokenize_part(config, part, tokenizer, folder)
 
     on_main_process(build)
     return folder

@@ -60,13 +60,17 @@ class Task:
         ]
         return digest_of([self.kind, self.labels, parts])
 
-    @property
-    def majority_accuracy(self) -> float | None:
-        """Test accuracy of always answering the commonest label."""
+    def part(self, name: str) -> tuple[Example, ...]:
+        """The examples of ``train``, ``validation`` or ``test``."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[name]
+
+    def majority_accuracy(self, part: str = "test") -> float | None:
+        """Accuracy of always answering the commonest label of a part."""
         if self.kind != "classification":
             return None
-        counts = [sum(e.label == i for e in self.test) for i in range(len(self.labels))]
-        return max(counts) / len(self.test)
+        examples = self.part(part)
+        counts = [sum(e.label == i for e in examples) for i in range(len(self.labels))]
+        return max(counts) / len(examples)
 
 
 def load_task(config: TaskConfig) -> Task:

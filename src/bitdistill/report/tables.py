@@ -96,12 +96,17 @@ def accuracy_table(report: RunReport) -> Table:
         ),
         rows=[row(m) for m in report.methods],
         notes=(
-            f"{heading(report.metric)} on {items} evaluation items ± standard error over the items.",
+            f"{heading(report.metric)} on {items} {_items(meta)} ± standard error over the items.",
             f"One seed ({seed}): the spread over seeds is not in these numbers.",
             SIZE_RULE,
             "A stage that several methods share was run once; its time counts in each of them.",
         ),
     )
+
+
+def _items(meta: dict[str, Any]) -> str:
+    """What the rows were judged on."""
+    return "held-out training items" if meta.get("judged_on") == "validation" else "evaluation items"
 
 
 def metrics_table(report: RunReport) -> Table | None:

@@ -62,6 +62,7 @@ def run(recipe: Recipe, output_dir: Path) -> Path:
             "corpus_digest": source_digest(recipe.corpus),
         },
         lambda folder: _make_blank(recipe, config, folder),
+        shared=recipe.shared_steps,
     )
     return train_on_corpus(recipe, config, "base", blank, output_dir, native=bool(config.ternary))
 

@@ -48,7 +48,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
             recipe, recipe.sft, task, objective, tokenizer, folder, step_title(output_dir), processes
         )
 
-    return run_step(output_dir, settings, work)
+    return run_step(output_dir, settings, work, shared=recipe.shared_steps)
 
 
 def train_on_task(

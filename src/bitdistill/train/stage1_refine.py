@@ -61,7 +61,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
             "bytes_after": report.after.bytes,
         }
 
-    return run_step(output_dir, settings, work)
+    return run_step(output_dir, settings, work, shared=recipe.shared_steps)
 
 
 def ternary_spec(config: RefineConfig) -> TernarySpec:
@@ -79,9 +79,7 @@ def _calibration_batches(
     recipe: Recipe, tokenizer: PreTrainedTokenizerBase, corpus_digest: str, framed: bool
 ) -> Iterator[dict[str, Tensor]]:
     """The first ``calibration_sequences`` sequences of the stage-2 text, with ``[CLS]`` and ``[SEP]`` if ``framed``."""
-    shards = build_shards(
-        recipe.corpus, "pretrain", tokenizer, recipe.run_dir / "shards", digest=corpus_digest
-    )
+    shards = build_shards(recipe.corpus, "pretrain", tokenizer, recipe.shards_dir, digest=corpus_digest)
     length = recipe.corpus.sequence_length
     dataset = FramedSequences(shards, length, tokenizer) if framed else PackedSequences(shards, length)
     count = min(recipe.refine.calibration_sequences, len(dataset))

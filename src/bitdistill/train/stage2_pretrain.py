@@ -44,11 +44,14 @@ def train_on_corpus(
     """
     corpus_digest = source_digest(recipe.corpus)
     processes = processes_to_keep(recipe, output_dir)
+    training = training_settings(config, processes)
+    own_seed = training.pop("seed", None)
+    seed = recipe.seed if own_seed is None else own_seed
     settings = {
         "stage": "stage2_pretrain",
         "part": part,
-        "seed": recipe.seed,
-        "training": training_settings(config, processes),
+        "seed": seed,
+        "training": training,
         "corpus": to_dict(recipe.corpus),
         "corpus_digest": corpus_digest,
         "source": checkpoint_digest(source, recipe.revision_of(source)),
@@ -66,11 +69,9 @@ def train_on_corpus(
         objective: Objective = MaskedLanguageModelling(model) if encoder else LanguageModelling(model)
 
         def sequences(text: Part) -> Dataset:
-            shards = build_shards(
-                recipe.corpus, text, tokenizer, recipe.run_dir / "shards", digest=corpus_digest
-            )
+            shards = build_shards(recipe.corpus, text, tokenizer, recipe.shards_dir, digest=corpus_digest)
             if encoder:
-                return MaskedSequences(shards, length, tokenizer, recipe.seed)
+                return MaskedSequences(shards, length, tokenizer, seed)
             return PackedSequences(shards, length)
 
         dataset = sequences(part)
@@ -85,7 +86,7 @@ def train_on_corpus(
             collate_packed,
             config,
             steps=steps,
-            seed=recipe.seed,
+            seed=seed,
             work_dir=folder,
             tokenizer=tokenizer,
             title=output_dir.name,
@@ -96,4 +97,4 @@ def train_on_corpus(
         write_weight_stats(model, folder, codes)
         return metrics | {"corpus_tokens": len(dataset) * length}
 
-    return run_step(output_dir, settings, work)
+    return run_step(output_dir, settings, work, shared=recipe.shared_steps)

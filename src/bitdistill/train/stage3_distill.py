@@ -67,13 +67,14 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
             recipe, config, task, objective, tokenizer, folder, title, processes, taught=taught
         )
 
-    return run_step(output_dir, settings, work)
+    return run_step(output_dir, settings, work, shared=recipe.shared_steps)
 
 
 def _settings(config: DistillConfig, processes: int) -> dict[str, Any]:
-    """The section as the step's record holds it: where a cache lies decides nothing, nor do its keys without one."""
+    """The section as the step's record holds it: what its values started from and where a cache lies decide nothing,
+    nor do the cache's keys without one."""
     settings = training_settings(config, processes)
-    del settings["teacher_cache_dir"]
+    del settings["teacher_cache_dir"], settings["preset"]
     if config.teacher_cache != "topk":
         del settings["cache_top_k"]
     if config.teacher_cache == "none":
