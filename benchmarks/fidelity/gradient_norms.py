@@ -1,4 +1,4 @@
-"""What the parts of the stage-3 loss pull with: norms of their gradients at the start, and the gamma that evens them out.
+"""What the parts of the stage-3 loss pull with at its start: norms of their gradients, and the gamma that evens them.
 
     python benchmarks/fidelity/gradient_norms.py RECIPE STUDENT TEACHER [--set SECTION.KEY=VALUE] [--batches 20]
 
