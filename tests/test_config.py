@@ -73,6 +73,7 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_one(document, message
         ("corpus.max_documents", -1),
         ("task.max_length", 7),
         ("task.max_train_examples", -5),
+        ("task.max_validation_examples", -1),
         ("task.validation_share", 1.0),
         ("task.validation_share", float("nan")),
         ("task.max_new_tokens", 0),
