@@ -192,6 +192,12 @@ def test_settings_that_contradict_each_other_are_refused(document, message):
         ),
         ({"distill": {"cache_top_k": 8}}, "distill.cache_top_k", 8, 'teacher_cache = "topk"'),
         (
+            {"distill": {"teacher": "x", "teacher_method": "fp16_ct_sft"}},
+            "distill.teacher_method",
+            "fp16_ct_sft",
+            "leave one of the two out",
+        ),
+        (
             {"distill": {"teacher_cache": "hidden", "cache_top_k": 8}},
             "distill.cache_top_k",
             8,
