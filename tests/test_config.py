@@ -73,6 +73,7 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_one(document, message
         ("corpus.max_documents", -1),
         ("task.max_length", 7),
         ("task.max_train_examples", -5),
+        ("task.max_validation_examples", -1),
         ("task.validation_share", 1.0),
         ("task.validation_share", float("nan")),
         ("task.max_new_tokens", 0),
@@ -190,6 +191,12 @@ def test_settings_that_contradict_each_other_are_refused(document, message):
             "lambda_logits",
         ),
         ({"distill": {"cache_top_k": 8}}, "distill.cache_top_k", 8, 'teacher_cache = "topk"'),
+        (
+            {"distill": {"teacher": "x", "teacher_method": "fp16_ct_sft"}},
+            "distill.teacher_method",
+            "fp16_ct_sft",
+            "leave one of the two out",
+        ),
         (
             {"distill": {"teacher_cache": "hidden", "cache_top_k": 8}},
             "distill.cache_top_k",

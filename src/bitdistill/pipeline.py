@@ -1,7 +1,7 @@
 """``bitdistill run``: every method of a recipe, each a fold of steps over checkpoints, and the table.
 
-    base --------------- sft ------------------------------------- FP16-SFT (the teacher)
-    base -- pretrain --- sft ------------------------------------- FP16-CT-SFT
+    base --------------- sft ------------------------------------- FP16-SFT (the teacher by default)
+    base -- pretrain --- sft ------------------------------------- FP16-CT-SFT (or this: distill.teacher_method)
     base -- refine ----- sft ------------------------------------- BitNet-SFT
     base -- refine ----- pretrain (stage 2) --- distill (stage 3) -- BitDistill
 
@@ -111,7 +111,8 @@ class Method:
             return sft.run, dataclasses.replace(recipe, sft=config)
         distill = recipe.distill
         if teacher is not None:
-            distill = dataclasses.replace(distill, teacher=str(teacher))
+            method = type(distill).teacher_method  # it has been followed
+            distill = dataclasses.replace(distill, teacher=str(teacher), teacher_method=method)
         if learning_rate is not None:
             distill = dataclasses.replace(distill, learning_rate=learning_rate)
         if "no_logits_kd" in self.switches:
@@ -133,12 +134,13 @@ class Method:
 
 
 def ordered_methods(recipe: Recipe) -> list[Method]:
-    """The methods of a recipe as they are run: FP16-SFT first, and always, where it makes a teacher."""
+    """The methods of a recipe as they are run: first, and always, the one that makes a teacher where one is needed."""
     methods = [Method(key) for key in recipe.run.methods]
+    first = recipe.distill.teacher_method
     if not recipe.distill.teacher and any(m.needs_teacher for m in methods):
-        methods.sort(key=lambda m: m.name != "fp16_sft")
-        if methods[0].name != "fp16_sft":
-            methods.insert(0, Method("fp16_sft"))
+        methods.sort(key=lambda m: m.name != first)
+        if methods[0].name != first:
+            methods.insert(0, Method(first))
     return methods
 
 
@@ -166,8 +168,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
     check_recipe(recipe, config, distill=distills)
     if any(step is stage2_pretrain.run for m in methods for _, step, _ in m.preparation(recipe)):
         check_stage_2(recipe, source, config)
-    if teacher is not None and distills and is_encoder(config):
-        check_finished_classifier(teacher, teacher_config, task)
+    if teacher is not None and distills:
+        if is_encoder(config):
+            check_finished_classifier(teacher, teacher_config, task)
+        for method in (m for m in methods if m.needs_teacher):
+            stage3_distill.check_teacher(method.fine_tune(recipe, None, teacher)[1], source)
     path = recipe.run_dir / "result.json"
     stored = _stored_result(path, recipe)
     reference = baselines(task) if recipe.run.judged_on == "test" else {}
@@ -175,7 +180,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     for method in methods:
         row, metric, checkpoint = _run_method(recipe, task, method, source, teacher)
         rows[method.key] = row
-        if method.name == "fp16_sft" and teacher is None:
+        if method.name == recipe.distill.teacher_method and teacher is None:
             teacher = checkpoint
         if any(stored.get(key) != value for key, value in rows.items()):
             meta = _meta(recipe, task, rows, time.monotonic() - started)

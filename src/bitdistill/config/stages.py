@@ -97,9 +97,11 @@ class DistillConfig(TrainingConfig):
     epochs: float = 2.0
     """Passes over the training data."""
     teacher: str = ""
-    """Folder or hub id of the fine-tuned teacher; a ``run`` fills in its FP16-SFT."""
+    """Folder or hub id of the fine-tuned teacher; a ``run`` fills in its row ``teacher_method``."""
     teacher_revision: str | None = None
     """Hub revision of ``teacher``."""
+    teacher_method: Literal["fp16_sft", "fp16_ct_sft"] = "fp16_sft"
+    """Full-precision row of a ``run`` that teaches; ``fp16_ct_sft`` has seen the stage-2 text, as the student has."""
     lambda_logits: float = 1.0
     """Weight of the logits KD; 0 switches it off."""
     gamma_relation: float = 1.0
@@ -163,6 +165,9 @@ class DistillConfig(TrainingConfig):
             self.teacher_revision,
             "it is not used without distill.teacher: name the teacher",
         )
+        if self.teacher:
+            remedy = "distill.teacher names the teacher; leave one of the two out"
+            check_unused(self, "distill", ("teacher_method",), remedy)
         for weight, keys in KD_KEYS.items():
             if getattr(self, weight) == 0:
                 check_unused(self, "distill", keys, f"{weight} = 0 switches that loss off; set {weight}")
