@@ -96,6 +96,8 @@ def _model_class(family: Family, student_config: Any, name: str) -> Any:
             super()._init_weights(module)
             if isinstance(module, SubLN):
                 init.ones_(module.weight)
+            if isinstance(module, BitLinear) and module.weight_scale is not None:
+                init.copy_(module.weight_scale, module.absmean())
 
     return _named(Student, f"Bit{name}")
 
