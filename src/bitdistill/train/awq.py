@@ -99,6 +99,7 @@ def candidates(magnitude: Tensor) -> Iterator[tuple[float, Tensor]]:
         yield alpha, scales / (scales.max() * scales.min()).sqrt()
 
 
+@torch.no_grad()
 def search(
     group: Group, layer: nn.Module, calls: Sequence[Call], statistics: InputStatistics
 ) -> tuple[float, Tensor, list[float]]:

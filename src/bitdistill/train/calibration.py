@@ -215,5 +215,5 @@ def input_statistics(layer: nn.Module, calls: Sequence[Call]) -> dict[str, Input
 
 def output_energy(weight: Tensor, gram: Tensor) -> float:
     """Squared output of ``weight`` ``[N, K]`` over all tokens, ``||W X||^2 = tr(W (X X^T) W^T)``."""
-    wide = weight.double()
+    wide = weight.detach().double()
     return float(((wide @ gram) * wide).sum())
