@@ -44,6 +44,7 @@ from .train.encoder import (
     check_stage_2,
     load_finished_classifier,
 )
+from .train.initialisation import check_initialisation
 from .train.loading import check_family, is_encoder, load_config, load_model, load_tokenizer
 from .train.size import model_size
 from .train.teacher_cache import finished_caches
@@ -90,11 +91,9 @@ class Method:
         if self.name == "fp16_ct_sft":
             return [("pretrain-fp16", stage2_pretrain.run, recipe)]
         plain = self.name == "bitnet_sft" or "no_subln" in self.switches
-        sites = "none" if plain else recipe.refine.norm_sites
-        gain = "one" if plain else recipe.refine.gain
-        refined = dataclasses.replace(
-            recipe, refine=dataclasses.replace(recipe.refine, norm_sites=sites, gain=gain)
-        )
+        refine = recipe.refine.without_norms() if plain else recipe.refine
+        sites = refine.norm_sites
+        refined = dataclasses.replace(recipe, refine=refine)
         steps: list[tuple[str, StepRun, Recipe]] = [(f"refine-{sites}", stage1_refine.run, refined)]
         if self.name == "bitdistill" and "no_pretrain" not in self.switches:
             steps.append((f"pretrain-{sites}", stage2_pretrain.run, recipe))
@@ -165,6 +164,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if any(not m.name.startswith("fp16") for m in methods):
         check_family(source, recipe.revision_of(source))  # before hours of training that could not be used
     config = load_config(source, recipe.revision_of(source))
+    for _, step, refined in (step for m in methods for step in m.preparation(recipe)):
+        if step is stage1_refine.run:
+            check_initialisation(config.model_type, refined.refine)
     check_recipe(recipe, config, distill=distills)
     if any(step is stage2_pretrain.run for m in methods for _, step, _ in m.preparation(recipe)):
         check_stage_2(recipe, source, config)

@@ -94,6 +94,10 @@ class StudentTrainer(Trainer):
             numbered=isinstance(self.train_dataset, MaskedSequences),
         )
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Trainer's, without learned scales: a scale decays no weight, it moves all thresholds of its matrix."""
+        return [n for n in super().get_decay_parameter_names(model) if not n.endswith(".weight_scale")]
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, whose group of norms and biases has no weight decay and is marked to stay that way."""
         optimizer = super().create_optimizer(model)
