@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SurgeryError
-from ..model import BitLinear, Family, SubLN, ends_in
+from ..model import BitLinear, Family, ends_in
 from ..model.quant import fake_quantize_weight
 from .calibration import Call, InputStatistics, output_energy, quantisers_off, recorded_calls
 
@@ -200,7 +200,7 @@ def layer_groups(layer: nn.Module, family: Family) -> tuple[list[Group], list[st
     return groups, notes
 
 
-def _into_gain(norm: SubLN | nn.Module, offset: float) -> Fold:
+def _into_gain(norm: nn.Module, offset: float) -> Fold:
     def fold(scales: Tensor) -> None:
         gain = (norm.weight.double() + offset) / scales.double()
         norm.weight.copy_(gain - offset)

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..config import RefineConfig
@@ -11,7 +12,7 @@ from ..errors import SurgeryError
 from ..model import BitLinear, Family, family_of
 from ..model.quant import expand_scale
 from .awq import check_awq, scale_layer
-from .calibration import Batch, InputStatistics, input_statistics, layers_in_turn, output_energy
+from .calibration import Batch, Call, InputStatistics, input_statistics, layers_in_turn, output_energy
 from .gptq import gptq, with_absmean
 
 
@@ -84,7 +85,7 @@ def _error(linear: BitLinear, statistics: InputStatistics) -> float:
     return _relative(linear, linear.weight, statistics)
 
 
-def _relative(linear: BitLinear, weight: torch.Tensor, statistics: InputStatistics) -> float:
+def _relative(linear: BitLinear, weight: Tensor, statistics: InputStatistics) -> float:
     code, scale = linear.ternarized()
     quantised = code * expand_scale(scale, linear.in_features, linear.spec.block_size)
     energy = output_energy(weight, statistics.gram)
@@ -114,8 +115,8 @@ def _start_from_gptq(
 
 
 def _start_from_awq(
-    layer: torch.nn.Module,
-    calls: Sequence,
+    layer: nn.Module,
+    calls: Sequence[Call],
     statistics: dict[str, InputStatistics],
     family: Family,
     path: str,
