@@ -102,6 +102,8 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_one(document, message
         ("pretrain.quant_warmup_ratio", -0.1),
         ("pretrain.two_stage_drop", 0.0),
         ("pretrain.adam_beta2", 1.0),
+        ("pretrain.lambda_logits", -0.1),
+        ("pretrain.temperature", 0.0),
         ("sft.epochs", 0.0),
         ("sft.epochs", float("inf")),
         ("sft.batch_size", 0),
@@ -191,6 +193,7 @@ def test_settings_that_contradict_each_other_are_refused(document, message):
             "lambda_logits",
         ),
         ({"distill": {"cache_top_k": 8}}, "distill.cache_top_k", 8, 'teacher_cache = "topk"'),
+        ({"pretrain": {"temperature": 2}}, "pretrain.temperature", 2.0, "set lambda_logits"),
         (
             {"distill": {"teacher": "x", "teacher_method": "fp16_ct_sft"}},
             "distill.teacher_method",
