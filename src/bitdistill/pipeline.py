@@ -84,19 +84,21 @@ class Method:
     def folder(self) -> str:
         return self.key.replace(":", "-")
 
-    def preparation(self, recipe: Recipe) -> list[tuple[str, StepRun, Recipe]]:
-        """Steps before the task fine-tune: (folder, step, recipe for it)."""
+    def preparation(self, recipe: Recipe, source: str | Path = "") -> list[tuple[str, StepRun, Recipe]]:
+        """Steps before the task fine-tune: (folder, step, recipe for it). ``source`` is the full-precision model."""
         if self.name == "fp16_sft":
             return []
         if self.name == "fp16_ct_sft":
-            return [("pretrain-fp16", stage2_pretrain.run, recipe)]
+            alone = dataclasses.replace(recipe, pretrain=recipe.pretrain.without_teacher())
+            return [("pretrain-fp16", stage2_pretrain.run, alone)]
         plain = self.name == "bitnet_sft" or "no_subln" in self.switches
         refine = recipe.refine.without_norms() if plain else recipe.refine
         sites = refine.norm_sites
         refined = dataclasses.replace(recipe, refine=refine)
         steps: list[tuple[str, StepRun, Recipe]] = [(f"refine-{sites}", stage1_refine.run, refined)]
         if self.name == "bitdistill" and "no_pretrain" not in self.switches:
-            steps.append((f"pretrain-{sites}", stage2_pretrain.run, recipe))
+            taught = dataclasses.replace(recipe, pretrain=recipe.pretrain.taught_by(str(source)))
+            steps.append((f"pretrain-{sites}", stage2_pretrain.run, taught))
         return steps
 
     def fine_tune(
@@ -159,6 +161,8 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if teacher is not None and distills:
         # before hours of training that would lack it
         teacher_config = load_config(teacher, recipe.distill.teacher_revision)
+    if recipe.pretrain.teacher:
+        load_config(recipe.pretrain.teacher, recipe.revision_of(recipe.pretrain.teacher))
     check_base(recipe)
     source = model_source(recipe)
     if any(not m.name.startswith("fp16") for m in methods):
@@ -168,8 +172,10 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if step is stage1_refine.run:
             check_initialisation(config.model_type, refined.refine)
     check_recipe(recipe, config, distill=distills)
-    if any(step is stage2_pretrain.run for m in methods for _, step, _ in m.preparation(recipe)):
-        check_stage_2(recipe, source, config)
+    for _, step, step_recipe in (step for m in methods for step in m.preparation(recipe, source)):
+        if step is stage2_pretrain.run:
+            check_stage_2(step_recipe, source, config)
+            stage2_pretrain.check_teacher(step_recipe, source)
     if teacher is not None and distills:
         if is_encoder(config):
             check_finished_classifier(teacher, teacher_config, task)
@@ -228,7 +234,7 @@ def _run_method(
     recipe: Recipe, task: Task, method: Method, source: str | Path, teacher: str | Path | None
 ) -> tuple[dict[str, Any], str, Path]:
     checkpoint, steps = source, []
-    for folder, step, step_recipe in method.preparation(recipe):
+    for folder, step, step_recipe in method.preparation(recipe, source):
         checkpoint = step(step_recipe, checkpoint, recipe.run_dir / folder)
         steps.append(folder)
     prepared = checkpoint

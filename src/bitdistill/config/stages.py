@@ -83,15 +83,48 @@ class RefineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(CorpusTrainingConfig):
-    """Stage 2: continued pre-training on general text."""
+    """Stage 2: continued pre-training on general text, CE + lambda_logits * logits KD of every token."""
 
     seed: int | None = None
     """Seed of the order of the text; the recipe's if not given. With one for all, runs of a study share stage 2."""
+    lambda_logits: float = 0.0
+    """Weight of the logits KD, for a ternary student alone (the FP16-CT control goes without); 0 switches it off."""
+    temperature: float = 1.0
+    """Temperature of the logits KD."""
+    teacher: str = ""
+    """Folder or hub id of its teacher; a ``run`` takes the full-precision model that the student was made of."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         remedy = "use a whole number from 0 to 2^32 - 1"
         check(self.seed is None or 0 <= self.seed < 2**32, "pretrain.seed", self.seed, remedy)
+        check(self.lambda_logits >= 0, "pretrain.lambda_logits", self.lambda_logits, "use 0 or more")
+        check(self.temperature > 0, "pretrain.temperature", self.temperature, "use a positive number")
+        if not self.lambda_logits:
+            remedy = "lambda_logits = 0 leaves the text as the only teacher; set lambda_logits"
+            check_unused(self, "pretrain", ("temperature", "teacher"), remedy)
+
+    @property
+    def distillation(self) -> "DistillConfig | None":
+        """The losses as stage 3 writes them; None where text alone teaches."""
+        if not self.lambda_logits:
+            return None
+        return DistillConfig(
+            teacher=self.teacher,
+            lambda_logits=self.lambda_logits,
+            temperature=self.temperature,
+            kd_tokens="all",
+            gamma_relation=0.0,
+        )
+
+    def taught_by(self, teacher: str) -> "PretrainConfig":
+        """The section with a teacher, where it needs one and names none."""
+        return replace(self, teacher=teacher) if self.lambda_logits and not self.teacher else self
+
+    def without_teacher(self) -> "PretrainConfig":
+        """The section as a full-precision model takes it: text alone."""
+        default = type(self)
+        return replace(self, lambda_logits=0.0, temperature=default.temperature, teacher=default.teacher)
 
 
 @dataclass(frozen=True, kw_only=True)

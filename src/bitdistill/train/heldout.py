@@ -29,9 +29,9 @@ def heldout_loss(objective: Objective, sequences: Any, length: int, indices: Seq
     for start in range(0, len(indices), per_batch):
         items = [sequences[i] for i in indices[start : start + per_batch]]
         batch = {key: value.to(device) for key, value in collate_packed(items).items()}
-        one = torch.ones(1, dtype=torch.int64, device=device)
-        total += float(objective(totals=one, **batch)["loss/ce"])
-        tokens += int(objective.counts(batch))
+        ones = torch.ones(len(objective.count_names), dtype=torch.int64, device=device)
+        total += float(objective(totals=ones, **batch)["loss/ce"])
+        tokens += int(objective.counts(batch)[0])
     objective.train(was_training)
     return total / tokens
 

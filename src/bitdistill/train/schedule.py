@@ -58,3 +58,8 @@ def quant_lambda_at(config: TrainingConfig, step: int, total_steps: int) -> floa
     """Share of quantisation in the forward pass: rises linearly to 1 over the quantisation warm-up."""
     warmup_steps = math.ceil(config.quant_warmup_ratio * total_steps)
     return 1.0 if step >= warmup_steps else step / warmup_steps
+
+
+def codes_are_frozen(config: TrainingConfig, step: int, total_steps: int) -> bool:
+    """Whether optimizer step ``step`` (0-based) belongs to the tail in which the latents of ternary weights stay."""
+    return step >= total_steps - math.ceil(config.freeze_codes_ratio * total_steps)

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoint import checkpoint_digest
 from ..config import DistillConfig, Recipe
@@ -18,7 +18,7 @@ from .losses import relation_kd
 from .objective import Distillation, layer_pairs
 from .sft import step_title, task_sequences, task_settings, train_on_task
 from .step import run_step
-from .teacher import CachedTeacher
+from .teacher import CachedTeacher, check_same_tokenizer
 from .teacher_cache import cached_teacher
 from .trainer import processes_to_keep, training_settings
 
@@ -95,7 +95,7 @@ def check_teacher(recipe: Recipe, source: str | Path) -> None:
     """
     config, revision = recipe.distill, recipe.revision_of(source)
     teacher = config.teacher, config.teacher_revision
-    _check_same_tokenizer(load_tokenizer(source, revision), load_tokenizer(*teacher))
+    check_same_tokenizer(load_tokenizer(source, revision), load_tokenizer(*teacher))
     models = load_config(source, revision), load_config(*teacher)
     if not layer_pairs(config, *(model.num_hidden_layers for model in models)):
         return
@@ -112,11 +112,3 @@ def _states(config: PretrainedConfig) -> tuple[Tensor, Tensor, Tensor]:
     query = torch.zeros(1, heads, 1, width)
     shared = torch.zeros(1, getattr(config, "num_key_value_heads", None) or heads, 1, width)
     return query, shared, shared
-
-
-def _check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    if student.get_vocab() != teacher.get_vocab():
-        raise TrainingError(
-            f"teacher and student have different tokenizers ({len(teacher)} and {len(student)} entries): their logits "
-            "are over different tokens. Use a teacher fine-tuned from the same model family and tokenizer"
-        )

@@ -31,13 +31,17 @@ from .batches import GlobalBatch, SeededOrder, global_batch
 from .callbacks import CodeStatistics, MetricsFile, ProgressBar, StepSchedules
 from .heldout import HeldoutLoss
 from .objective import Objective, autocast_dtype
-from .schedule import learning_rate_factor
+from .parameter_groups import group_factors, split_latents
 from .sharding import GATHER_FP32, holds_shards, load_optimizer, load_weights, whole
 
 logger = logging.getLogger(__name__)
 
 SHORT_SEQUENCE = 128
 """Longest sequence up to which attention on a CPU is computed without the fused kernel; at 256 neither is faster."""
+
+OPTIONS = ("freeze_codes_ratio", "freeze_codes_lr")
+"""Keys that a step's record holds only where they are not at their defaults: a step made before there was such a key is
+still the same step."""
 
 
 class StudentTrainer(Trainer):
@@ -103,16 +107,17 @@ class StudentTrainer(Trainer):
         optimizer = super().create_optimizer(model)
         for group in optimizer.param_groups:
             group["decays"] = group["weight_decay"] > 0
+        if self.config.freeze_codes_ratio:
+            split_latents(optimizer, self.objective)
         return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The recipe's schedule."""
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer,
-            lambda step: learning_rate_factor(self.config, step, num_training_steps),
-        )
+        """The recipe's schedule, for each group of parameters."""
+        optimizer = optimizer or self.optimizer
+        factors = group_factors(optimizer, self.config, num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return self.lr_scheduler
 
     def get_batch_samples(
@@ -342,12 +347,12 @@ def training_settings(config: TrainingConfig, processes: int | None = None) -> d
     """A training section as a step's record holds it: with what this machine and its launcher add to the result.
 
     ``precision`` is the one that computes, not ``auto``; ``processes`` (None: these) multiplies the global batch. What
-    changes no result is not there.
+    changes no result is not there, nor are OPTIONS at their defaults.
     """
     compute = "fp32" if autocast_dtype(config.precision) is None else "bf16"
     settings = to_dict(config) | {"precision": compute, "processes": processes or num_processes()}
     del settings["gradient_checkpointing"]
-    return settings
+    return {key: v for key, v in settings.items() if key not in OPTIONS or v != getattr(type(config), key)}
 
 
 def steps_for_tokens(config: TrainingConfig, tokens: int, sequence_length: int, processes: int) -> int:
