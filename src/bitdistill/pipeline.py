@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import provenance, read_run, write_json
-from .config import Recipe
+from .config import LABELS, Recipe
 from .data.corpus import PackedSequences, build_shards
 from .data.prompts import PromptEncoder
 from .data.tasks import Task, load_task
@@ -50,13 +50,6 @@ from .train.size import model_size
 from .train.teacher_cache import finished_caches
 
 logger = logging.getLogger(__name__)
-
-LABELS = {
-    "fp16_sft": "FP16-SFT",
-    "fp16_ct_sft": "FP16-CT-SFT",
-    "bitnet_sft": "BitNet-SFT",
-    "bitdistill": "BitDistill",
-}
 
 StepRun = Callable[[Recipe, str | Path, Path], Path]
 
