@@ -35,7 +35,7 @@ from .sharding import GATHER_FP32, holds_shards, load_optimizer, load_weights, w
 
 logger = logging.getLogger(__name__)
 
-OPTIONS = ("freeze_codes_ratio", "freeze_codes_lr")
+OPTIONS = ("quant_warmup_form", "freeze_codes_ratio", "freeze_codes_lr")
 """Keys that a step's record holds only where they are not at their defaults: a step made before there was such a key is
 still the same step."""
 
