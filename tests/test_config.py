@@ -273,6 +273,7 @@ def test_settings_that_contradict_each_other_are_refused(document, message):
             'kind = "classification"',
         ),
         ({"task": {"name": "jsonl", "columns": ["a"]}, "base": {}}, "task.columns", ("a",), "task.template"),
+        ({"sft": {"quant_warmup_form": "soft"}}, "sft.quant_warmup_form", "soft", "set quant_warmup_ratio"),
         ({"sft": {"freeze_codes_lr": 0.3}}, "sft.freeze_codes_lr", 0.3, "set freeze_codes_ratio"),
         (
             {"distill": {"freeze_codes_ratio": 0.6, "quant_warmup_ratio": 0.5}},

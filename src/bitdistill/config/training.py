@@ -37,6 +37,8 @@ class TrainingConfig:
     """Second moment decay of AdamW (the first is 0.9)."""
     quant_warmup_ratio: float = 0.0
     """Share of the steps in which quantisation is mixed in, lambda rising from 0 to 1; ternary models only."""
+    quant_warmup_form: Literal["mix", "soft"] = "mix"
+    """``mix``: weights between latents and codes; ``soft``: mean codes of a softmax that grows sharper (Hestia)."""
     freeze_codes_ratio: float = 0.0
     """Share of the steps, the last ones, in which ternary weights keep their codes and scales while norms, embeddings,
     head and biases learn on; ternary models only."""
@@ -66,6 +68,8 @@ class TrainingConfig:
                 getattr(self, key),
                 "use a share in [0, 1]",
             )
+        if not self.quant_warmup_ratio:
+            check_unused(self, section, ("quant_warmup_form",), "set quant_warmup_ratio")
         self._check_tail(section)
         for key in ("weight_decay", "max_grad_norm"):
             check(getattr(self, key) >= 0, f"{section}.{key}", getattr(self, key), "use 0 or more")

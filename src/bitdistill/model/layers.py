@@ -18,6 +18,7 @@ from .quant import (
     fake_quantize_activation,
     fake_quantize_weight,
     scale_shape,
+    soft_ternarize,
     ternarize,
     weight_scale,
 )
@@ -95,7 +96,8 @@ class BitLinear(nn.Linear):
     """A linear with ternary weights and low-bit activations; latent weight and bias stay float.
 
     Shapes: ``[..., in_features] -> [..., out_features]``. ``quant_lambda`` is the warm-up coefficient that the
-    trainer moves from 0 to 1; evaluation always uses 1, so a model is judged as it will be exported.
+    trainer moves from 0 to 1; evaluation always uses 1, so a model is judged as it will be exported. So it is with
+    ``soft_temperature``: above 0 the weights of a training step have soft codes at that temperature.
     """
 
     def __init__(
@@ -112,6 +114,7 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.spec = spec
         self.quant_lambda = 1.0
+        self.soft_temperature = 0.0
         self.norm = SubLN(in_features, norm_eps).to(device=device) if norm_eps is not None else None
         self.weight_scale: nn.Parameter | None = None
         if spec.scale == "learned":
@@ -136,6 +139,10 @@ class BitLinear(nn.Linear):
             x = self.norm(x)
         if self.spec.activation_bits < 16:
             x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda, self.spec.rounding)
+        if self.training and self.soft_temperature > 0:
+            spec = self.spec
+            weight = soft_ternarize(self.weight, self.soft_temperature, spec.granularity, spec.block_size)
+            return F.linear(x, weight, self.bias)
         weight = fake_quantize_weight(
             self.weight,
             self.spec.granularity,

@@ -196,6 +196,37 @@ def fake_quantize_weight(
     return straight_through(latent, quantized)
 
 
+class _SoftCodes(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, ratio: Tensor, temperature: float) -> Tensor:
+        codes = torch.tensor([-1.0, 0.0, 1.0], device=ratio.device)
+        minus, _, plus = (-((ratio - codes.view(3, 1, 1)) ** 2) / temperature).softmax(dim=0)
+        mean = plus - minus
+        ctx.save_for_backward((plus + minus - mean**2) * (2 / temperature))
+        return mean
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (slope,) = ctx.saved_tensors
+        return grad * slope, None
+
+
+def soft_ternarize(
+    latent: Tensor, temperature: float, granularity: Granularity = "tensor", block_size: int = 128
+) -> Tensor:
+    """Soft ternary weights ``[N, K]`` of a latent ``[N, K]``, in its dtype (Hestia, arXiv 2601.20745).
+
+        scale * sum_c c p_c,   p = softmax(-(w / scale - c)^2 / T) over the codes c = -1, 0, 1
+
+    The gradient is the true one with the scale held constant, ``2 / T`` times the variance of the code. Towards T = 0
+    the weights are those of ``ternarize``.
+    """
+    with torch.no_grad():
+        scale = expand_scale(weight_scale(latent, granularity, block_size), latent.shape[1], block_size)
+    soft = _SoftCodes.apply(latent.float() / scale, temperature) * scale
+    return soft.to(latent.dtype)  # type: ignore[no-any-return]
+
+
 def fake_quantize_activation(
     x: Tensor, bits: int = 8, quant_lambda: float = 1.0, rounding: Rounding = "divide"
 ) -> Tensor:

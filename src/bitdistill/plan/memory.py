@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..config import DistillConfig
+from ..model import BitLinear
 from ..train.objective import Distillation, LanguageModelling
+from ..train.schedule import SOFTEST
 from .models import Blueprint, make
 from .tracing import DEVICE, META, LiveBytes, MetaStep
 
@@ -31,6 +33,8 @@ class TrainingStep:
     """Whether sequences differ in length, so that a batch has an attention mask."""
     bf16: bool
     accumulation: int
+    soft: bool = False
+    """Whether a part of the steps has soft codes, which keep their slopes."""
     teacher: Blueprint | None = None
     distill: DistillConfig | None = None
 
@@ -86,6 +90,8 @@ def step_memory(step: TrainingStep) -> StepMemory:
 @functools.lru_cache(maxsize=64)
 def _traced(step: TrainingStep) -> StepMemory:
     student = make(step.student).train()
+    for layer in (m for m in student.modules() if step.soft and isinstance(m, BitLinear)):
+        layer.soft_temperature = SOFTEST
     teacher = None
     objective = LanguageModelling(student)
     if step.distill is not None:

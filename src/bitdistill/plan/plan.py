@@ -168,6 +168,7 @@ class _Planner:
             padded=not packed,
             bf16=bf16,
             accumulation=config.gradient_accumulation_steps,
+            soft=config.quant_warmup_form == "soft",
             teacher=teacher,
             distill=distill,
         )

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 from ..config import TrainingConfig
 from ..model import BitLinear
 from ..processes import process_state
-from .schedule import codes_are_frozen, quant_lambda_at, weight_decay_at
+from .schedule import codes_are_frozen, quant_lambda_at, soft_temperature_at, weight_decay_at
 from .sharding import is_sharded
 from .weights import Codes, bit_codes
 
@@ -42,9 +42,11 @@ class StepSchedules(TrainerCallback):
             if group["decays"]:
                 group["weight_decay"] = 0.0 if frozen and "latents" in group else decay
         quant_lambda = quant_lambda_at(self.config, state.global_step, state.max_steps)
+        temperature = soft_temperature_at(self.config, state.global_step, state.max_steps)
         for module in model.modules():
             if isinstance(module, BitLinear):
                 module.quant_lambda = quant_lambda
+                module.soft_temperature = temperature
 
 
 class CodeStatistics(TrainerCallback):

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 SHORT_SEQUENCE = 128
 """Longest sequence up to which attention on a CPU is computed without the fused kernel; at 256 neither is faster."""
 
-OPTIONS = ("freeze_codes_ratio", "freeze_codes_lr")
+OPTIONS = ("quant_warmup_form", "freeze_codes_ratio", "freeze_codes_lr")
 """Keys that a step's record holds only where they are not at their defaults: a step made before there was such a key is
 still the same step."""
 
@@ -254,6 +254,7 @@ def fit(
             "%s keeps its global batch of %d sequences: %d processes, %d micro-batches of %d on each",
             title, batch.size, batch.processes, batch.accumulation, batch.batch_size,
         )  # fmt: skip
+    _check_soft(objective.student, config)
     hf_logging.set_verbosity_error()
     set_seed(seed)
     trainer_dir = work_dir / "trainer"
@@ -328,6 +329,16 @@ def fit(
             f"Lower the learning rate (now {config.learning_rate:g}) and delete {work_dir} to train it again"
         )
     return metrics_file.summary()
+
+
+def _check_soft(student: torch.nn.Module, config: TrainingConfig) -> None:
+    if config.quant_warmup_form == "soft" and any(
+        n.endswith(".weight_scale") for n, _ in student.named_parameters()
+    ):
+        raise TrainingError(
+            'quant_warmup_form = "soft" holds scales constant, and this student learns its own: set '
+            'quant_warmup_form = "mix", or refine with scale = "absmean"'
+        )
 
 
 def _attention(args: TrainingArguments, lengths: list[int] | None) -> AbstractContextManager:
