@@ -92,6 +92,7 @@ def test_a_value_of_the_wrong_type_is_named_with_the_right_one(document, message
         ("refine.norm_sites", "some"),
         ("refine.granularity", "row"),
         ("refine.block_size", 0),
+        ("refine.dead_zone_bias", -1.0),
         ("refine.activation_bits", 2),
         ("refine.calibration_sequences", 0),
         ("pretrain.tokens", 0),

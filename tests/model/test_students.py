@@ -335,6 +335,7 @@ CHECKPOINTS = {
         {"tie_word_embeddings": False},
     ),
     "llama_all_bias": ("llama", {"norm_sites": "all"}, {"attention_bias": True, "mlp_bias": True}),
+    "llama_dead_zone": ("llama", {"dead_zone_bias": 0.5}, {"attention_bias": True}),
     "llama_none_block": (
         "llama",
         {"norm_sites": "none", "granularity": "block", "block_size": 20},

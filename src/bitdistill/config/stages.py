@@ -21,6 +21,8 @@ class RefineConfig:
     """Input features per scale when granularity is ``block``."""
     activation_bits: Literal[4, 8, 16] = 8
     """Activation precision of ternary linears; 16 leaves activations alone."""
+    dead_zone_bias: float = 0.0
+    """Share of the sum of a row's zero-code weights that is added to its output (Tequila: 1e-3); 0 adds nothing."""
     skip: tuple[str, ...] = ()
     """Glob patterns of linears that stay full precision, for example ``model.layers.0.*``."""
     calibration_sequences: int = 32
@@ -34,6 +36,7 @@ class RefineConfig:
             self.block_size,
             f'it is not used with granularity = "{self.granularity}"; set granularity = "block"',
         )
+        check(self.dead_zone_bias >= 0, "refine.dead_zone_bias", self.dead_zone_bias, "use 0 or more")
         check(
             self.calibration_sequences >= 1,
             "refine.calibration_sequences",

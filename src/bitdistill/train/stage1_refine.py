@@ -5,6 +5,7 @@ No gradient step is taken; the next stages train what this one builds.
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ CALIBRATION_BATCH = 8
 def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     """Convert ``source`` into a student; returns its checkpoint, with ``surgery.txt`` inside."""
     config = recipe.refine
-    settings = {
+    settings: dict[str, Any] = {
         "stage": "stage1_refine",
         "refine": to_dict(config),
         "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
+    if not config.dead_zone_bias:
+        del settings["refine"]["dead_zone_bias"]  # a step made before there was such a key is the same step
     corpus_digest = source_digest(recipe.corpus) if config.gain == "rms" else ""
     if corpus_digest:
         settings["calibration"] = to_dict(recipe.corpus) | {"digest": corpus_digest}
@@ -72,6 +75,7 @@ def ternary_spec(config: RefineConfig) -> TernarySpec:
         block_size=config.block_size,
         activation_bits=config.activation_bits,
         skip=config.skip,
+        dead_zone_bias=config.dead_zone_bias,
     )
 
 
