@@ -273,6 +273,7 @@ def test_refusals(llama: Path, student: Path, save_student: Callable[..., Path],
     shutil.copytree(student, incomplete)
     (incomplete / "model.safetensors").unlink()
     four_bit = save_student(tmp_path / "a4", "llama", {"activation_bits": 4})
+    biased = save_student(tmp_path / "biased", "llama", {"dead_zone_bias": 1e-3})
     export(student, tmp_path / "packed")
     for source, message in (
         (llama, "is not a ternary model .*bitdistill refine"),
@@ -280,6 +281,7 @@ def test_refusals(llama: Path, student: Path, save_student: Callable[..., Path],
         (running, "has not finished"),
         (incomplete, "does not load"),
         (four_bit, "activations of 4 bits"),
+        (biased, "no place for. .* refine.dead_zone_bias = 0"),
         (tmp_path / "packed", "exported model already"),
         (tmp_path / "nothing", "no such folder"),
     ):

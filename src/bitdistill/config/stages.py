@@ -29,6 +29,8 @@ class RefineConfig:
     """Added to the diagonal of GPTQ's Hessian, as a share of its mean."""
     gptq_act_order: bool = False
     """Let GPTQ take the columns with the largest inputs first, not from left to right."""
+    dead_zone_bias: float = 0.0
+    """Share of the sum of a row's zero-code weights that is added to its output (Tequila: 1e-3); 0 adds nothing."""
     skip: tuple[str, ...] = ()
     """Glob patterns of linears that stay full precision, for example ``model.layers.0.*``."""
     calibration_sequences: int = 32
@@ -42,6 +44,7 @@ class RefineConfig:
             self.block_size,
             f'it is not used with granularity = "{self.granularity}"; set granularity = "block"',
         )
+        check(self.dead_zone_bias >= 0, "refine.dead_zone_bias", self.dead_zone_bias, "use 0 or more")
         check(
             self.calibration_sequences >= 1,
             "refine.calibration_sequences",

@@ -44,6 +44,8 @@ class TrainingConfig:
     head and biases learn on; ternary models only."""
     freeze_codes_lr: float = 1.0
     """Factor on the learning rate in those steps."""
+    ema_decay: float = 0.0
+    """Decay per step of a moving average of the weights, which takes their place at the end; 0 keeps none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute precision; latents stay fp32. ``auto`` is bf16 where the device has it in hardware."""
     save_every: int = 200
@@ -94,6 +96,14 @@ class TrainingConfig:
             f"{section}.two_stage_drop",
             self.two_stage_drop,
             "the first cosine is at half of its peak in the middle; use less than 0.5, so that there is a drop",
+        )
+
+        check(0 <= self.ema_decay < 1, f"{section}.ema_decay", self.ema_decay, "use a decay in [0, 1)")
+        check(
+            not (self.ema_decay and self.freeze_codes_ratio),
+            f"{section}.ema_decay",
+            self.ema_decay,
+            "averaged weights have other codes than those that freeze_codes_ratio keeps; leave one of the two out",
         )
 
     def _check_tail(self, section: str) -> None:

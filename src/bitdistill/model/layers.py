@@ -15,6 +15,7 @@ from .quant import (
     Granularity,
     Rounding,
     ScaleRule,
+    dead_zone_bias,
     fake_quantize_activation,
     fake_quantize_weight,
     scale_shape,
@@ -49,6 +50,8 @@ class TernarySpec:
     """How ties fall: as in the papers' formulas, or (``multiply``, of 8 bits) as in Hugging Face's BitNet."""
     scale: ScaleRule = "absmean"
     """``absmean``: of the latents, in every forward pass; ``learned``: a parameter beside them, trained as in LSQ."""
+    dead_zone_bias: float = 0.0
+    """Share of the dead weights' sum that is added to each output (``quant.dead_zone_bias``); 0 adds nothing."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -67,11 +70,18 @@ class TernarySpec:
                 "ternary.scale = 'learned': Hugging Face's BitNet (rounding = 'multiply') computes its scales; "
                 "use scale = 'absmean' with it"
             )
+        if not 0 <= self.dead_zone_bias < float("inf"):
+            raise ValueError(f"ternary.dead_zone_bias = {self.dead_zone_bias!r}: use 0 or more")
         object.__setattr__(self, "skip", tuple(self.skip))
 
     def to_dict(self) -> dict:
         """The form that ``config.json`` holds."""
-        return asdict(self) | {"skip": list(self.skip)}
+        values = asdict(self) | {"skip": list(self.skip)}
+        if not self.dead_zone_bias:
+            del values[
+                "dead_zone_bias"
+            ]  # so that students without it stay what they were before there was one
+        return values
 
 
 class SubLN(nn.Module):
@@ -139,10 +149,11 @@ class BitLinear(nn.Linear):
             x = self.norm(x)
         if self.spec.activation_bits < 16:
             x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda, self.spec.rounding)
+        bias = self._bias(quant_lambda)
         if self.training and self.soft_temperature > 0:
             spec = self.spec
             weight = soft_ternarize(self.weight, self.soft_temperature, spec.granularity, spec.block_size)
-            return F.linear(x, weight, self.bias)
+            return F.linear(x, weight, bias)
         weight = fake_quantize_weight(
             self.weight,
             self.spec.granularity,
@@ -151,7 +162,17 @@ class BitLinear(nn.Linear):
             self.spec.rounding,
             self.weight_scale,
         )
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, bias)
+
+    def _bias(self, quant_lambda: float) -> Tensor | None:
+        """The bias with that of the dead weights, which the warm-up mixes in as it does the codes."""
+        if not self.spec.dead_zone_bias:
+            return self.bias
+        code, _ = self.ternarized()
+        dead = dead_zone_bias(self.weight, code, quant_lambda * self.spec.dead_zone_bias).to(
+            self.weight.dtype
+        )
+        return dead if self.bias is None else self.bias + dead
 
     def extra_repr(self) -> str:
         scale = f"{self.spec.scale} scale per {self.spec.granularity}"

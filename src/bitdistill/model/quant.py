@@ -196,6 +196,17 @@ def fake_quantize_weight(
     return straight_through(latent, quantized)
 
 
+def dead_zone_bias(latent: Tensor, code: Tensor, weight: float) -> Tensor:
+    """The bias ``[N]`` that the dead weights of a latent ``[N, K]`` make (Tequila, arXiv 2509.23809), fp32 at least.
+
+        C_n = weight * sum over k with code_nk = 0 of w_nk
+
+    Codes ``[N, K]`` are constants: the gradient reaches the dead weights alone, which pull at it together.
+    """
+    wide = latent.to(torch.promote_types(latent.dtype, torch.float32))
+    return weight * torch.where(code == 0, wide, 0.0).sum(dim=1)
+
+
 class _SoftCodes(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, ratio: Tensor, temperature: float) -> Tensor:

@@ -35,6 +35,8 @@ class TrainingStep:
     accumulation: int
     soft: bool = False
     """Whether a part of the steps has soft codes, which keep their slopes."""
+    averaged: bool = False
+    """Whether an average of the weights is kept."""
     teacher: Blueprint | None = None
     distill: DistillConfig | None = None
 
@@ -47,7 +49,7 @@ class StepMemory:
     """Latents in fp32, and buffers."""
     gradients: int
     optimizer: int
-    """AdamW's two moments in fp32."""
+    """AdamW's two moments in fp32, and the average of the weights where one is kept."""
     teacher: int
     activations: int
     """What the student's decoder keeps for the backward pass."""
@@ -114,7 +116,7 @@ def _traced(step: TrainingStep) -> StepMemory:
     weights, gradients = _bytes(student), sum(p.numel() * p.itemsize for p in trained)
     fixed = {
         "weights": weights,
-        "optimizer": 2 * gradients,
+        "optimizer": 2 * gradients + (weights if step.averaged else 0),
         "teacher": 0 if teacher is None else _bytes(teacher),
     }
     # When the optimizer moves the latents nothing of the step is left but gradients.

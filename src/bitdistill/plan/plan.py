@@ -168,6 +168,7 @@ class _Planner:
             padded=not packed,
             bf16=bf16,
             accumulation=config.gradient_accumulation_steps,
+            averaged=bool(config.ema_decay),
             soft=config.quant_warmup_form == "soft",
             teacher=teacher,
             distill=distill,

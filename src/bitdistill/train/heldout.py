@@ -1,6 +1,7 @@
 """The loss on text that no training step reads, while training goes on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -47,11 +48,14 @@ class HeldoutLoss(TrainerCallback):
         self.length, self.every = length, every
         self.indices = spread(len(sequences), count)
         self.last: float | None = None
+        self.judged: Callable[[], AbstractContextManager[None]] = nullcontext
+        """Puts what is judged in the student's place, where that is not the student as it is."""
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Compute the loss that is due, and have the step logged."""
         if state.global_step % self.every == 0 or state.global_step == state.max_steps:
-            self.last = heldout_loss(self.objective, self.sequences, self.length, self.indices)
+            with self.judged():
+                self.last = heldout_loss(self.objective, self.sequences, self.length, self.indices)
             control.should_log = True
 
     def take(self) -> dict[str, float]:

@@ -40,6 +40,8 @@ def model_size(model: nn.Module) -> ModelSize:
             continue
         ternary_parameters += parameter.numel()
         size += parameter.numel() * TERNARY_BITS / 8 + 4 * _num_scales(layer)
+        if layer.spec.dead_zone_bias and layer.bias is None:
+            size += 2 * layer.out_features  # folded into a bias of its own
     return ModelSize(parameters, ternary_parameters, round(size))
 
 

@@ -6,6 +6,7 @@ GPTQ or AWQ find.
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import checkpoint_digest
 from ..config import Recipe, RefineConfig
@@ -25,11 +26,13 @@ from .weights import write_weight_stats
 def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     """Convert ``source`` into a student; returns its checkpoint, with ``surgery.txt`` inside."""
     config = recipe.refine
-    settings = {
+    settings: dict[str, Any] = {
         "stage": "stage1_refine",
         "refine": to_dict(config),
         "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
+    if not config.dead_zone_bias:
+        del settings["refine"]["dead_zone_bias"]  # a step made before there was such a key is the same step
     corpus_digest = source_digest(recipe.corpus) if config.is_calibrated else ""
     if corpus_digest:
         settings["calibration"] = to_dict(recipe.corpus) | {"digest": corpus_digest}
@@ -76,4 +79,5 @@ def ternary_spec(config: RefineConfig) -> TernarySpec:
         activation_bits=config.activation_bits,
         skip=config.skip,
         scale=config.scale,
+        dead_zone_bias=config.dead_zone_bias,
     )

@@ -27,6 +27,7 @@ from ..data.masked import MaskedSequences
 from ..errors import CheckpointError, TrainingError
 from ..processes import from_main_process, num_processes
 from ..recipe import to_dict
+from .average import weight_average
 from .batches import GlobalBatch, SeededOrder, global_batch
 from .callbacks import CodeStatistics, MetricsFile, ProgressBar, StepSchedules
 from .heldout import HeldoutLoss
@@ -39,7 +40,7 @@ logger = logging.getLogger(__name__)
 SHORT_SEQUENCE = 128
 """Longest sequence up to which attention on a CPU is computed without the fused kernel; at 256 neither is faster."""
 
-OPTIONS = ("quant_warmup_form", "freeze_codes_ratio", "freeze_codes_lr")
+OPTIONS = ("quant_warmup_form", "freeze_codes_ratio", "freeze_codes_lr", "ema_decay")
 """Keys that a step's record holds only where they are not at their defaults: a step made before there was such a key is
 still the same step."""
 
@@ -82,8 +83,12 @@ class StudentTrainer(Trainer):
             # Gradients that wait for the last micro-batch wait whole, on every process.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
             objective.shard_teacher()
+        self.average = weight_average(objective.student, config.ema_decay, sharded=self.is_fsdp_enabled)
+        if self.average is not None:
+            self.add_callback(self.average)
         self.heldout = heldout
         if heldout is not None:
+            heldout.judged = self.average.in_place if self.average is not None else nullcontext
             self.add_callback(heldout)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
@@ -193,7 +198,10 @@ class StudentTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         del state_dict
-        self.objective.student.save_pretrained(output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        self.objective.student.save_pretrained(folder)
+        if self.average is not None:
+            self.average.save(Path(folder))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -208,6 +216,8 @@ class StudentTrainer(Trainer):
                 f"{resume_from_checkpoint} does not fit the model it should resume ({', '.join(sorted(lost)[:3])}); "
                 "delete that folder to resume from an earlier one"
             )
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -322,6 +332,8 @@ def fit(
     finally:
         bar.progress.stop()  # a live bar hides the cursor
     objective.student.config.use_cache = True
+    if trainer.average is not None:
+        trainer.average.finish()
     broken = [n for n, p in objective.student.named_parameters() if not whole(torch.isfinite(p).all())]
     if broken:
         raise TrainingError(
