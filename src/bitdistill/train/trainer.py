@@ -5,17 +5,14 @@ What is ours: the objective's loss and its totals over an optimizer step, schedu
 the step, whatever the processes, and a saved checkpoint that is the student alone.
 """
 
-import json
 import logging
 import math
-import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
@@ -33,7 +30,8 @@ from .callbacks import CodeStatistics, MetricsFile, ProgressBar, StepSchedules
 from .heldout import HeldoutLoss
 from .objective import Objective, autocast_dtype
 from .parameter_groups import group_factors, split_latents
-from .sharding import GATHER_FP32, holds_shards, load_optimizer, load_weights, whole
+from .resume import resume_point_of, steps_done
+from .sharding import GATHER_FP32, load_optimizer, load_weights, whole
 
 logger = logging.getLogger(__name__)
 
@@ -320,9 +318,9 @@ def fit(
     bar = ProgressBar(title)
     trainer.add_callback(bar)
     objective.student.config.use_cache = False
-    resume_point = _resume_point(trainer_dir)
+    resume_point = resume_point_of(trainer_dir)
     try:
-        if resume_point is not None and _steps_done(resume_point) >= steps:
+        if resume_point is not None and steps_done(resume_point) >= steps:
             # Stopped between the last step and the end of this function. Trainer would take one step more.
             trainer._load_from_checkpoint(resume_point)
             metrics_file.reopen(steps, is_writer=trainer.is_world_process_zero())
@@ -391,35 +389,3 @@ def steps_for_epochs(config: TrainingConfig, epochs: float, examples: int, proce
 def _steps(config: TrainingConfig, sequences: int, processes: int) -> int:
     per_step = config.batch_size * config.gradient_accumulation_steps * processes
     return max(1, math.ceil(sequences / per_step))
-
-
-def _resume_point(trainer_dir: Path) -> str | None:
-    """The last checkpoint that was written to its end and can be opened.
-
-    An incomplete one stays where it is: training comes past its step again and writes over it.
-    """
-    checkpoints = sorted(trainer_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(checkpoints):
-        if _is_whole(path):
-            return str(path)
-        logger.warning("%s is incomplete (killed while saving?); using an earlier one", path)
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether state, weights and optimizer can be opened."""
-    try:
-        _steps_done(str(checkpoint))
-        if holds_shards(checkpoint):
-            return True
-        with safe_open(checkpoint / "model.safetensors", framework="pt"):
-            pass
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return False
-    return zipfile.is_zipfile(checkpoint / "optimizer.pt")
-
-
-def _steps_done(checkpoint: str) -> int:
-    """Optimizer steps that a Trainer checkpoint has behind it."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])
