@@ -59,7 +59,12 @@ def step_of(stage: str, shift: float = 0.0) -> dict[str, Any]:
     def curve(*values: float) -> dict[str, str]:
         return {"step": "1 10 20", "value": " ".join(f"{value + shift:g}" for value in values)}
 
-    step: dict[str, Any] = {"stage": stage, "settings": {"stage": stage}, "metrics": {}, "time_s": SECONDS[stage]}
+    step: dict[str, Any] = {
+        "stage": stage,
+        "settings": {"stage": stage},
+        "metrics": {},
+        "time_s": SECONDS[stage],
+    }
     if stage != "stage1_refine":
         step["curves"] = {"loss": curve(5, 4, 3), "loss/ce": curve(4.5, 3.5, 2.5)}
         step["curves"]["quant/flip_rate"] = {"step": "10 20", "value": "0.0004 0.0002"}
@@ -75,7 +80,12 @@ def record_of(rows: Mapping[str, Sequence[float] | Mapping[str, Any]], **more: A
     """A record of these methods: their items, or whole rows. ``meta`` and ``base`` are added to, the rest replaced."""
     built = {key: dict(row) if isinstance(row, Mapping) else row_of(key, row) for key, row in rows.items()}
     names = {name: stage for key in rows for name, stage in STEPS[key.partition(":")[0]].items()}
-    base = {"source": "bases/small", "digest": "d1", "parameters": 3_100_000, "non_embedding_parameters": 1_600_000}
+    base = {
+        "source": "bases/small",
+        "digest": "d1",
+        "parameters": 3_100_000,
+        "non_embedding_parameters": 1_600_000,
+    }
     meta = {
         "majority_accuracy": 0.5,
         "machine": "Known CPU",
