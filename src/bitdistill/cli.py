@@ -165,13 +165,17 @@ def pretrain(
     recipe: RecipeFile,
     source: Source,
     output: Output,
+    teacher: Annotated[
+        str | None, typer.Option(help="Full-precision teacher, where pretrain.lambda_logits asks for one.")
+    ] = None,
     set_: Overrides = None,
     json_path: JsonFile = None,
 ) -> None:
     """Stage 2: continue the pre-training of a checkpoint on the recipe's corpus."""
     from .train import stage2_pretrain
 
-    _step(stage2_pretrain.run, load(recipe, set_), source, output, json_path)
+    config = load(recipe, set_, {"pretrain.teacher": teacher} if teacher else None)
+    _step(stage2_pretrain.run, config, source, output, json_path)
 
 
 @app.command()

@@ -150,6 +150,11 @@ def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
             f"{source}: activations of {bits.pop()} bits (ternary.activation_bits) have no kernel in the engine; "
             "train the student with activation_bits = 8"
         )
+    if any(m.spec.dead_zone_bias for m in model.modules() if isinstance(m, BitLinear)):
+        raise CheckpointError(
+            f"{source}: its dead weights make a bias in every ternary linear (ternary.dead_zone_bias), which the "
+            "engine has no place for. Use the student with transformers, or train one with refine.dead_zone_bias = 0"
+        )
     for name, module in model.named_modules():
         if getattr(module, "rms_norm", None) is not None:
             raise CheckpointError(

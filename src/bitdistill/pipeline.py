@@ -1,7 +1,7 @@
 """``bitdistill run``: every method of a recipe, each a fold of steps over checkpoints, and the table.
 
-    base --------------- sft ------------------------------------- FP16-SFT (the teacher)
-    base -- pretrain --- sft ------------------------------------- FP16-CT-SFT
+    base --------------- sft ------------------------------------- FP16-SFT (the teacher by default)
+    base -- pretrain --- sft ------------------------------------- FP16-CT-SFT (or this: distill.teacher_method)
     base -- refine ----- sft ------------------------------------- BitNet-SFT
     base -- refine ----- pretrain (stage 2) --- distill (stage 3) -- BitDistill
 
@@ -44,6 +44,7 @@ from .train.encoder import (
     check_stage_2,
     load_finished_classifier,
 )
+from .train.initialisation import check_initialisation
 from .train.loading import check_family, is_encoder, load_config, load_model, load_tokenizer
 from .train.size import model_size
 from .train.teacher_cache import finished_caches
@@ -76,21 +77,21 @@ class Method:
     def folder(self) -> str:
         return self.key.replace(":", "-")
 
-    def preparation(self, recipe: Recipe) -> list[tuple[str, StepRun, Recipe]]:
-        """Steps before the task fine-tune: (folder, step, recipe for it)."""
+    def preparation(self, recipe: Recipe, source: str | Path = "") -> list[tuple[str, StepRun, Recipe]]:
+        """Steps before the task fine-tune: (folder, step, recipe for it). ``source`` is the full-precision model."""
         if self.name == "fp16_sft":
             return []
         if self.name == "fp16_ct_sft":
-            return [("pretrain-fp16", stage2_pretrain.run, recipe)]
+            alone = dataclasses.replace(recipe, pretrain=recipe.pretrain.without_teacher())
+            return [("pretrain-fp16", stage2_pretrain.run, alone)]
         plain = self.name == "bitnet_sft" or "no_subln" in self.switches
-        sites = "none" if plain else recipe.refine.norm_sites
-        gain = "one" if plain else recipe.refine.gain
-        refined = dataclasses.replace(
-            recipe, refine=dataclasses.replace(recipe.refine, norm_sites=sites, gain=gain)
-        )
+        refine = recipe.refine.without_norms() if plain else recipe.refine
+        sites = refine.norm_sites
+        refined = dataclasses.replace(recipe, refine=refine)
         steps: list[tuple[str, StepRun, Recipe]] = [(f"refine-{sites}", stage1_refine.run, refined)]
         if self.name == "bitdistill" and "no_pretrain" not in self.switches:
-            steps.append((f"pretrain-{sites}", stage2_pretrain.run, recipe))
+            taught = dataclasses.replace(recipe, pretrain=recipe.pretrain.taught_by(str(source)))
+            steps.append((f"pretrain-{sites}", stage2_pretrain.run, taught))
         return steps
 
     def fine_tune(
@@ -104,7 +105,8 @@ class Method:
             return sft.run, dataclasses.replace(recipe, sft=config)
         distill = recipe.distill
         if teacher is not None:
-            distill = dataclasses.replace(distill, teacher=str(teacher))
+            method = type(distill).teacher_method  # it has been followed
+            distill = dataclasses.replace(distill, teacher=str(teacher), teacher_method=method)
         if learning_rate is not None:
             distill = dataclasses.replace(distill, learning_rate=learning_rate)
         if "no_logits_kd" in self.switches:
@@ -126,12 +128,13 @@ class Method:
 
 
 def ordered_methods(recipe: Recipe) -> list[Method]:
-    """The methods of a recipe as they are run: FP16-SFT first, and always, where it makes a teacher."""
+    """The methods of a recipe as they are run: first, and always, the one that makes a teacher where one is needed."""
     methods = [Method(key) for key in recipe.run.methods]
+    first = recipe.distill.teacher_method
     if not recipe.distill.teacher and any(m.needs_teacher for m in methods):
-        methods.sort(key=lambda m: m.name != "fp16_sft")
-        if methods[0].name != "fp16_sft":
-            methods.insert(0, Method("fp16_sft"))
+        methods.sort(key=lambda m: m.name != first)
+        if methods[0].name != first:
+            methods.insert(0, Method(first))
     return methods
 
 
@@ -151,16 +154,26 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if teacher is not None and distills:
         # before hours of training that would lack it
         teacher_config = load_config(teacher, recipe.distill.teacher_revision)
+    if recipe.pretrain.teacher:
+        load_config(recipe.pretrain.teacher, recipe.revision_of(recipe.pretrain.teacher))
     check_base(recipe)
     source = model_source(recipe)
     if any(not m.name.startswith("fp16") for m in methods):
         check_family(source, recipe.revision_of(source))  # before hours of training that could not be used
     config = load_config(source, recipe.revision_of(source))
+    for _, step, refined in (step for m in methods for step in m.preparation(recipe)):
+        if step is stage1_refine.run:
+            check_initialisation(config.model_type, refined.refine)
     check_recipe(recipe, config, distill=distills)
-    if any(step is stage2_pretrain.run for m in methods for _, step, _ in m.preparation(recipe)):
-        check_stage_2(recipe, source, config)
-    if teacher is not None and distills and is_encoder(config):
-        check_finished_classifier(teacher, teacher_config, task)
+    for _, step, step_recipe in (step for m in methods for step in m.preparation(recipe, source)):
+        if step is stage2_pretrain.run:
+            check_stage_2(step_recipe, source, config)
+            stage2_pretrain.check_teacher(step_recipe, source)
+    if teacher is not None and distills:
+        if is_encoder(config):
+            check_finished_classifier(teacher, teacher_config, task)
+        for method in (m for m in methods if m.needs_teacher):
+            stage3_distill.check_teacher(method.fine_tune(recipe, None, teacher)[1], source)
     path = recipe.run_dir / "result.json"
     stored = _stored_result(path, recipe)
     reference = baselines(task) if recipe.run.judged_on == "test" else {}
@@ -168,7 +181,7 @@ def run(recipe: Recipe) -> dict[str, Any]:
     for method in methods:
         row, metric, checkpoint = _run_method(recipe, task, method, source, teacher)
         rows[method.key] = row
-        if method.name == "fp16_sft" and teacher is None:
+        if method.name == recipe.distill.teacher_method and teacher is None:
             teacher = checkpoint
         if any(stored.get(key) != value for key, value in rows.items()):
             meta = _meta(recipe, task, rows, time.monotonic() - started)
@@ -214,7 +227,7 @@ def _run_method(
     recipe: Recipe, task: Task, method: Method, source: str | Path, teacher: str | Path | None
 ) -> tuple[dict[str, Any], str, Path]:
     checkpoint, steps = source, []
-    for folder, step, step_recipe in method.preparation(recipe):
+    for folder, step, step_recipe in method.preparation(recipe, source):
         checkpoint = step(step_recipe, checkpoint, recipe.run_dir / folder)
         steps.append(folder)
     prepared = checkpoint

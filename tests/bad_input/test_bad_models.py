@@ -183,7 +183,8 @@ def test_a_size_that_no_model_has_is_refused_before_any_weight_is_read(cli, proj
 
 
 @pytest.mark.parametrize(
-    "ternary", [{"norm_sites": "some"}, {"bits": 2}, [1], {"skip": 3}, {"block_size": "x"}]
+    "ternary",
+    [{"norm_sites": "some"}, {"bits": 2}, [1], {"skip": 3}, {"block_size": "x"}, {"dead_zone_bias": "x"}],
 )
 def test_a_corrupted_ternary_section_is_refused(cli, student, tmp_path, ternary):
     folder = shutil.copytree(student, tmp_path / "damaged")

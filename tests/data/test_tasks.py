@@ -147,6 +147,20 @@ def test_a_subset_is_part_of_the_whole_and_leaves_the_test_set_alone(tmp_path):
     assert len({e.label for e in subset.train}) == 2
 
 
+@pytest.mark.parametrize(("cuts", "train", "validation"), [
+    ({"max_validation_examples": 7}, 180, 7),
+    ({"max_train_examples": 40, "max_validation_examples": 15}, 40, 15),
+    ({"max_train_examples": 40, "max_validation_examples": 10}, 40, 10),
+    ({"max_validation_examples": 500}, 180, 20),
+])  # fmt: skip
+def test_the_validation_part_has_a_cut_of_its_own(tmp_path, cuts, train, validation):
+    whole = jsonl_task(tmp_path, some_rows(200))
+    subset = jsonl_task(tmp_path, some_rows(200), **cuts)
+    assert subset.train == whole.train[:train]
+    assert subset.validation == whole.validation[:validation]
+    assert (len(subset.train), len(subset.validation)) == (train, validation)
+
+
 def test_the_digest_changes_with_any_example_and_only_then(tmp_path):
     digest = jsonl_task(tmp_path, some_rows(40)).digest
     assert jsonl_task(tmp_path, some_rows(40)).digest == digest

@@ -72,7 +72,13 @@ def test_warm_up_coefficient_acts_in_training_and_never_in_evaluation():
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("norm_sites", "both"), ("granularity", "row"), ("activation_bits", 2), ("block_size", 0)],
+    [
+        ("norm_sites", "both"),
+        ("granularity", "row"),
+        ("activation_bits", 2),
+        ("block_size", 0),
+        ("dead_zone_bias", -0.1),
+    ],
 )
 def test_spec_names_the_field_and_value_it_refuses(field, value):
     with pytest.raises(ValueError, match=rf"ternary\.{field} = {value!r}: use "):

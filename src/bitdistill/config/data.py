@@ -98,6 +98,8 @@ class TaskConfig:
     an encoder reads too)."""
     max_train_examples: int = 0
     """Random subset of the training data, the same for every method; 0 keeps all."""
+    max_validation_examples: int = 0
+    """Random subset of what is held out to choose learning rates; 0: a quarter of ``max_train_examples``, or all."""
     validation_share: float = 0.1
     """Share of the training data held out to choose learning rates; related items stay together."""
     max_new_tokens: int = 128
@@ -111,12 +113,8 @@ class TaskConfig:
             remedy = f'"{self.name}" is {own}; leave it out, or set name = "jsonl"'
             check(self.kind == own, "task.kind", self.kind, remedy)
         check(self.max_length >= 8, "task.max_length", self.max_length, "use at least 8 tokens")
-        check(
-            self.max_train_examples >= 0,
-            "task.max_train_examples",
-            self.max_train_examples,
-            "use 0 or more",
-        )
+        for key in ("max_train_examples", "max_validation_examples"):
+            check(getattr(self, key) >= 0, f"task.{key}", getattr(self, key), "use 0 or more")
         check(
             0 < self.validation_share < 1,
             "task.validation_share",

@@ -10,8 +10,8 @@ from .stages import DistillConfig, PretrainConfig, RefineConfig, SftConfig
 from .training import BaseConfig
 
 METHODS = ("fp16_sft", "fp16_ct_sft", "bitnet_sft", "bitdistill")
-"""FP16-SFT is the teacher; FP16-CT-SFT the full-precision control that also sees the stage-2 text; BitNet-SFT the
-direct ternary fine-tune; BitDistill the three stages."""
+"""FP16-SFT is the teacher (``distill.teacher_method`` may say otherwise); FP16-CT-SFT the full-precision control that
+also sees the stage-2 text; BitNet-SFT the direct ternary fine-tune; BitDistill the three stages."""
 
 LABELS = {
     "fp16_sft": "FP16-SFT",

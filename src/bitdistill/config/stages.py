@@ -21,10 +21,20 @@ class RefineConfig:
     """Input features per scale when granularity is ``block``."""
     activation_bits: Literal[4, 8, 16] = 8
     """Activation precision of ternary linears; 16 leaves activations alone."""
+    scale: Literal["absmean", "learned"] = "absmean"
+    """Scale of ternary weights: computed from the latents, or a parameter that starts there and is trained (LSQ)."""
+    initialisation: Literal["absmean", "gptq", "awq"] = "absmean"
+    """Where the latents start: at the model's weights, at GPTQ's, or at the weights with AWQ's scales of channels."""
+    gptq_damping: float = 0.01
+    """Added to the diagonal of GPTQ's Hessian, as a share of its mean."""
+    gptq_act_order: bool = False
+    """Let GPTQ take the columns with the largest inputs first, not from left to right."""
+    dead_zone_bias: float = 0.0
+    """Share of the sum of a row's zero-code weights that is added to its output (Tequila: 1e-3); 0 adds nothing."""
     skip: tuple[str, ...] = ()
     """Glob patterns of linears that stay full precision, for example ``model.layers.0.*``."""
     calibration_sequences: int = 32
-    """Corpus sequences read for ``gain = "rms"``."""
+    """Corpus sequences that ``gain = "rms"``, ``gptq`` and ``awq`` read."""
 
     def __post_init__(self) -> None:
         check(self.block_size >= 1, "refine.block_size", self.block_size, "use a whole number >= 1")
@@ -34,6 +44,7 @@ class RefineConfig:
             self.block_size,
             f'it is not used with granularity = "{self.granularity}"; set granularity = "block"',
         )
+        check(self.dead_zone_bias >= 0, "refine.dead_zone_bias", self.dead_zone_bias, "use 0 or more")
         check(
             self.calibration_sequences >= 1,
             "refine.calibration_sequences",
@@ -46,19 +57,77 @@ class RefineConfig:
             self.gain,
             'there is no norm to calibrate with norm_sites = "none"; set gain = "one"',
         )
+        check(self.gptq_damping >= 0, "refine.gptq_damping", self.gptq_damping, "use 0 or more")
+        if self.initialisation != "gptq":
+            check_unused(self, "refine", ("gptq_damping", "gptq_act_order"), 'set initialisation = "gptq"')
+        check(
+            not (self.gptq_act_order and self.granularity == "block"),
+            "refine.gptq_act_order",
+            self.gptq_act_order,
+            "a block's scale is fixed when its columns are reached, which then lie apart; leave it out, or set "
+            'granularity = "channel"',
+        )
+        if not self.is_calibrated:
+            remedy = 'nothing is calibrated; set gain = "rms" or an initialisation'
+            check_unused(self, "refine", ("calibration_sequences",), remedy)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether stage 1 reads text."""
+        return self.gain == "rms" or self.initialisation != "absmean"
+
+    def without_norms(self) -> "RefineConfig":
+        """The section without SubLN, and with what would then be ignored at its default."""
+        changes: dict[str, Any] = {"norm_sites": "none", "gain": "one"}
+        if self.initialisation == "absmean":
+            changes["calibration_sequences"] = type(self).calibration_sequences
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(CorpusTrainingConfig):
-    """Stage 2: continued pre-training on general text."""
+    """Stage 2: continued pre-training on general text, CE + lambda_logits * logits KD of every token."""
 
     seed: int | None = None
     """Seed of the order of the text; the recipe's if not given. With one for all, runs of a study share stage 2."""
+    lambda_logits: float = 0.0
+    """Weight of the logits KD, for a ternary student alone (the FP16-CT control goes without); 0 switches it off."""
+    temperature: float = 1.0
+    """Temperature of the logits KD."""
+    teacher: str = ""
+    """Folder or hub id of its teacher; a ``run`` takes the full-precision model that the student was made of."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         remedy = "use a whole number from 0 to 2^32 - 1"
         check(self.seed is None or 0 <= self.seed < 2**32, "pretrain.seed", self.seed, remedy)
+        check(self.lambda_logits >= 0, "pretrain.lambda_logits", self.lambda_logits, "use 0 or more")
+        check(self.temperature > 0, "pretrain.temperature", self.temperature, "use a positive number")
+        if not self.lambda_logits:
+            remedy = "lambda_logits = 0 leaves the text as the only teacher; set lambda_logits"
+            check_unused(self, "pretrain", ("temperature", "teacher"), remedy)
+
+    @property
+    def distillation(self) -> "DistillConfig | None":
+        """The losses as stage 3 writes them; None where text alone teaches."""
+        if not self.lambda_logits:
+            return None
+        return DistillConfig(
+            teacher=self.teacher,
+            lambda_logits=self.lambda_logits,
+            temperature=self.temperature,
+            kd_tokens="all",
+            gamma_relation=0.0,
+        )
+
+    def taught_by(self, teacher: str) -> "PretrainConfig":
+        """The section with a teacher, where it needs one and names none."""
+        return replace(self, teacher=teacher) if self.lambda_logits and not self.teacher else self
+
+    def without_teacher(self) -> "PretrainConfig":
+        """The section as a full-precision model takes it: text alone."""
+        default = type(self)
+        return replace(self, lambda_logits=0.0, temperature=default.temperature, teacher=default.teacher)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,9 +166,11 @@ class DistillConfig(TrainingConfig):
     epochs: float = 2.0
     """Passes over the training data."""
     teacher: str = ""
-    """Folder or hub id of the fine-tuned teacher; a ``run`` fills in its FP16-SFT."""
+    """Folder or hub id of the fine-tuned teacher; a ``run`` fills in its row ``teacher_method``."""
     teacher_revision: str | None = None
     """Hub revision of ``teacher``."""
+    teacher_method: Literal["fp16_sft", "fp16_ct_sft"] = "fp16_sft"
+    """Full-precision row of a ``run`` that teaches; ``fp16_ct_sft`` has seen the stage-2 text, as the student has."""
     lambda_logits: float = 1.0
     """Weight of the logits KD; 0 switches it off."""
     gamma_relation: float = 1.0
@@ -163,6 +234,9 @@ class DistillConfig(TrainingConfig):
             self.teacher_revision,
             "it is not used without distill.teacher: name the teacher",
         )
+        if self.teacher:
+            remedy = "distill.teacher names the teacher; leave one of the two out"
+            check_unused(self, "distill", ("teacher_method",), remedy)
         for weight, keys in KD_KEYS.items():
             if getattr(self, weight) == 0:
                 check_unused(self, "distill", keys, f"{weight} = 0 switches that loss off; set {weight}")

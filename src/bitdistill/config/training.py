@@ -37,6 +37,15 @@ class TrainingConfig:
     """Second moment decay of AdamW (the first is 0.9)."""
     quant_warmup_ratio: float = 0.0
     """Share of the steps in which quantisation is mixed in, lambda rising from 0 to 1; ternary models only."""
+    quant_warmup_form: Literal["mix", "soft"] = "mix"
+    """``mix``: weights between latents and codes; ``soft``: mean codes of a softmax that grows sharper (Hestia)."""
+    freeze_codes_ratio: float = 0.0
+    """Share of the steps, the last ones, in which ternary weights keep their codes and scales while norms, embeddings,
+    head and biases learn on; ternary models only."""
+    freeze_codes_lr: float = 1.0
+    """Factor on the learning rate in those steps."""
+    ema_decay: float = 0.0
+    """Decay per step of a moving average of the weights, which takes their place at the end; 0 keeps none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Compute precision; latents stay fp32. ``auto`` is bf16 where the device has it in hardware."""
     save_every: int = 200
@@ -61,6 +70,9 @@ class TrainingConfig:
                 getattr(self, key),
                 "use a share in [0, 1]",
             )
+        if not self.quant_warmup_ratio:
+            check_unused(self, section, ("quant_warmup_form",), "set quant_warmup_ratio")
+        self._check_tail(section)
         for key in ("weight_decay", "max_grad_norm"):
             check(getattr(self, key) >= 0, f"{section}.{key}", getattr(self, key), "use 0 or more")
         check(
@@ -84,6 +96,27 @@ class TrainingConfig:
             f"{section}.two_stage_drop",
             self.two_stage_drop,
             "the first cosine is at half of its peak in the middle; use less than 0.5, so that there is a drop",
+        )
+
+        check(0 <= self.ema_decay < 1, f"{section}.ema_decay", self.ema_decay, "use a decay in [0, 1)")
+        check(
+            not (self.ema_decay and self.freeze_codes_ratio),
+            f"{section}.ema_decay",
+            self.ema_decay,
+            "averaged weights have other codes than those that freeze_codes_ratio keeps; leave one of the two out",
+        )
+
+    def _check_tail(self, section: str) -> None:
+        frozen, rate = self.freeze_codes_ratio, self.freeze_codes_lr
+        check(0 <= frozen < 1, f"{section}.freeze_codes_ratio", frozen, "use a share in [0, 1)")
+        check(rate > 0, f"{section}.freeze_codes_lr", rate, "use a positive number")
+        if not frozen:
+            check_unused(self, section, ("freeze_codes_lr",), "set freeze_codes_ratio")
+        check(
+            self.quant_warmup_ratio + frozen <= 1,
+            f"{section}.freeze_codes_ratio",
+            frozen,
+            f"quant_warmup_ratio = {self.quant_warmup_ratio} leaves fewer steps to the codes; lower one of the two",
         )
 
 

@@ -156,10 +156,11 @@ def _split(
         )
     rng.shuffle(train)
     rng.shuffle(validation)
+    most = config.max_validation_examples
     if config.max_train_examples:
         train = train[: config.max_train_examples]
-        validation = validation[: max(1, config.max_train_examples // 4)]
-    return train, validation
+        most = most or max(1, config.max_train_examples // 4)
+    return train, validation[: most or None]
 
 
 class _ExampleBuilder:

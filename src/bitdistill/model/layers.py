@@ -11,12 +11,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .quant import Granularity, Rounding, fake_quantize_activation, fake_quantize_weight, ternarize
+from .quant import (
+    Granularity,
+    Rounding,
+    ScaleRule,
+    dead_zone_bias,
+    fake_quantize_activation,
+    fake_quantize_weight,
+    scale_shape,
+    soft_ternarize,
+    ternarize,
+    weight_scale,
+)
 
 NORM_SITES = ("none", "subln", "all")
 GRANULARITIES = ("tensor", "channel", "block")
 ACTIVATION_BITS = (4, 8, 16)
 ROUNDINGS = ("divide", "multiply")
+SCALES = ("absmean", "learned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +48,10 @@ class TernarySpec:
     """Glob patterns of linears that stay full precision."""
     rounding: Rounding = "divide"
     """How ties fall: as in the papers' formulas, or (``multiply``, of 8 bits) as in Hugging Face's BitNet."""
+    scale: ScaleRule = "absmean"
+    """``absmean``: of the latents, in every forward pass; ``learned``: a parameter beside them, trained as in LSQ."""
+    dead_zone_bias: float = 0.0
+    """Share of the dead weights' sum that is added to each output (``quant.dead_zone_bias``); 0 adds nothing."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -43,16 +59,29 @@ class TernarySpec:
             ("granularity", self.granularity, GRANULARITIES),
             ("activation_bits", self.activation_bits, ACTIVATION_BITS),
             ("rounding", self.rounding, ROUNDINGS),
+            ("scale", self.scale, SCALES),
         ):
             if value not in allowed:
                 raise ValueError(f"ternary.{name} = {value!r}: use one of {', '.join(map(str, allowed))}")
         if self.block_size < 1:
             raise ValueError(f"ternary.block_size = {self.block_size}: use a positive number of features")
+        if self.scale == "learned" and self.rounding != "divide":
+            raise ValueError(
+                "ternary.scale = 'learned': Hugging Face's BitNet (rounding = 'multiply') computes its scales; "
+                "use scale = 'absmean' with it"
+            )
+        if not 0 <= self.dead_zone_bias < float("inf"):
+            raise ValueError(f"ternary.dead_zone_bias = {self.dead_zone_bias!r}: use 0 or more")
         object.__setattr__(self, "skip", tuple(self.skip))
 
     def to_dict(self) -> dict:
         """The form that ``config.json`` holds."""
-        return asdict(self) | {"skip": list(self.skip)}
+        values = asdict(self) | {"skip": list(self.skip)}
+        if not self.dead_zone_bias:
+            del values[
+                "dead_zone_bias"
+            ]  # so that students without it stay what they were before there was one
+        return values
 
 
 class SubLN(nn.Module):
@@ -77,7 +106,8 @@ class BitLinear(nn.Linear):
     """A linear with ternary weights and low-bit activations; latent weight and bias stay float.
 
     Shapes: ``[..., in_features] -> [..., out_features]``. ``quant_lambda`` is the warm-up coefficient that the
-    trainer moves from 0 to 1; evaluation always uses 1, so a model is judged as it will be exported.
+    trainer moves from 0 to 1; evaluation always uses 1, so a model is judged as it will be exported. So it is with
+    ``soft_temperature``: above 0 the weights of a training step have soft codes at that temperature.
     """
 
     def __init__(
@@ -94,12 +124,24 @@ class BitLinear(nn.Linear):
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
         self.spec = spec
         self.quant_lambda = 1.0
+        self.soft_temperature = 0.0
         self.norm = SubLN(in_features, norm_eps).to(device=device) if norm_eps is not None else None
+        self.weight_scale: nn.Parameter | None = None
+        if spec.scale == "learned":
+            shape = scale_shape(out_features, in_features, spec.granularity, spec.block_size)
+            self.weight_scale = nn.Parameter(torch.empty(shape, device=device))
+            with torch.no_grad():
+                self.weight_scale.copy_(self.absmean())
+
+    def absmean(self) -> Tensor:
+        """Absmean scale of the latents as they are, where a learned scale starts; see ``weight_scale``."""
+        return weight_scale(self.weight.detach(), self.spec.granularity, self.spec.block_size)
 
     def ternarized(self) -> tuple[Tensor, Tensor]:
         """Codes ``[N, K]`` and scale of the latent weight, as the forward pass has them; see ``ternarize``."""
         spec = self.spec
-        return ternarize(self.weight.detach(), spec.granularity, spec.block_size, spec.rounding)
+        scale = None if self.weight_scale is None else self.weight_scale.detach()
+        return ternarize(self.weight.detach(), spec.granularity, spec.block_size, spec.rounding, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         quant_lambda = self.quant_lambda if self.training else 1.0
@@ -107,10 +149,31 @@ class BitLinear(nn.Linear):
             x = self.norm(x)
         if self.spec.activation_bits < 16:
             x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda, self.spec.rounding)
+        bias = self._bias(quant_lambda)
+        if self.training and self.soft_temperature > 0:
+            spec = self.spec
+            weight = soft_ternarize(self.weight, self.soft_temperature, spec.granularity, spec.block_size)
+            return F.linear(x, weight, bias)
         weight = fake_quantize_weight(
-            self.weight, self.spec.granularity, self.spec.block_size, quant_lambda, self.spec.rounding
+            self.weight,
+            self.spec.granularity,
+            self.spec.block_size,
+            quant_lambda,
+            self.spec.rounding,
+            self.weight_scale,
         )
-        return F.linear(x, weight, self.bias)
+        return F.linear(x, weight, bias)
+
+    def _bias(self, quant_lambda: float) -> Tensor | None:
+        """The bias with that of the dead weights, which the warm-up mixes in as it does the codes."""
+        if not self.spec.dead_zone_bias:
+            return self.bias
+        code, _ = self.ternarized()
+        dead = dead_zone_bias(self.weight, code, quant_lambda * self.spec.dead_zone_bias).to(
+            self.weight.dtype
+        )
+        return dead if self.bias is None else self.bias + dead
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale per {self.spec.granularity}, A{self.spec.activation_bits}"
+        scale = f"{self.spec.scale} scale per {self.spec.granularity}"
+        return f"{super().extra_repr()}, {scale}, A{self.spec.activation_bits}"

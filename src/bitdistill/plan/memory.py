@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from ..config import DistillConfig
+from ..model import BitLinear
 from ..train.objective import Distillation, LanguageModelling
+from ..train.schedule import SOFTEST
 from .models import Blueprint, make
 from .tracing import DEVICE, META, LiveBytes, MetaStep
 
@@ -31,6 +33,10 @@ class TrainingStep:
     """Whether sequences differ in length, so that a batch has an attention mask."""
     bf16: bool
     accumulation: int
+    soft: bool = False
+    """Whether a part of the steps has soft codes, which keep their slopes."""
+    averaged: bool = False
+    """Whether an average of the weights is kept."""
     teacher: Blueprint | None = None
     distill: DistillConfig | None = None
 
@@ -43,7 +49,7 @@ class StepMemory:
     """Latents in fp32, and buffers."""
     gradients: int
     optimizer: int
-    """AdamW's two moments in fp32."""
+    """AdamW's two moments in fp32, and the average of the weights where one is kept."""
     teacher: int
     activations: int
     """What the student's decoder keeps for the backward pass."""
@@ -86,6 +92,8 @@ def step_memory(step: TrainingStep) -> StepMemory:
 @functools.lru_cache(maxsize=64)
 def _traced(step: TrainingStep) -> StepMemory:
     student = make(step.student).train()
+    for layer in (m for m in student.modules() if step.soft and isinstance(m, BitLinear)):
+        layer.soft_temperature = SOFTEST
     teacher = None
     objective = LanguageModelling(student)
     if step.distill is not None:
@@ -108,7 +116,7 @@ def _traced(step: TrainingStep) -> StepMemory:
     weights, gradients = _bytes(student), sum(p.numel() * p.itemsize for p in trained)
     fixed = {
         "weights": weights,
-        "optimizer": 2 * gradients,
+        "optimizer": 2 * gradients + (weights if step.averaged else 0),
         "teacher": 0 if teacher is None else _bytes(teacher),
     }
     # When the optimizer moves the latents nothing of the step is left but gradients.

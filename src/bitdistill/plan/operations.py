@@ -28,7 +28,7 @@ def student_flops(model: Geometry, length: float, labelled: float) -> float:
 def distillation_flops(
     student: Geometry, teacher: Geometry, config: DistillConfig, length: float, labelled: float
 ) -> float:
-    """What the teacher and the losses of stage 3 add for one sequence."""
+    """What the teacher and the losses held against it add for one sequence."""
     flops = 2 * teacher.linear * length + 4 * teacher.attention * length**2
     if config.lambda_logits:
         kd_tokens = length if config.kd_tokens == "all" else labelled

@@ -67,6 +67,10 @@ class _Planner:
         if recipe.distill.teacher and any(step.stage == "distill" for step in self.steps):
             teacher = load_config(recipe.distill.teacher, recipe.distill.teacher_revision)
             self.teacher = Blueprint(config_text(teacher))
+        self.corpus_teacher = self.base
+        if recipe.pretrain.teacher:
+            teacher = load_config(recipe.pretrain.teacher, recipe.revision_of(recipe.pretrain.teacher))
+            self.corpus_teacher = Blueprint(config_text(teacher))
         self.task = task_tokens(recipe)
         self.throughput: dict[str, float] = {}
 
@@ -136,9 +140,17 @@ class _Planner:
     def _sequence_flops(self, step: PlannedStep, length: float, labelled: float) -> float:
         student = geometry(Blueprint(self.base.config, step.spec))
         flops = student_flops(student, length, labelled)
-        if isinstance(step.training, DistillConfig):
-            flops += distillation_flops(student, geometry(self.teacher), step.training, length, labelled)
+        teacher, distill = self._taught_by(step.training)
+        if teacher is not None and distill is not None:
+            flops += distillation_flops(student, geometry(teacher), distill, length, labelled)
         return flops
+
+    def _taught_by(self, config: Training | None) -> tuple[Blueprint | None, DistillConfig | None]:
+        """The teacher of a step and the losses that hold the student against it; None where it has none."""
+        if isinstance(config, DistillConfig):
+            return self.teacher, config
+        distill = config.distillation if isinstance(config, PretrainConfig) else None
+        return (self.corpus_teacher if distill else None), distill
 
     def _throughput(self, precision: str) -> float:
         if precision not in self.throughput:
@@ -147,7 +159,7 @@ class _Planner:
 
     def _traced_step(self, step: PlannedStep, config: Training, length: int, bf16: bool) -> TrainingStep:
         packed = isinstance(config, BaseConfig | PretrainConfig)
-        distill = config if isinstance(config, DistillConfig) else None
+        teacher, distill = self._taught_by(config)
         return TrainingStep(
             student=Blueprint(self.base.config, step.spec),
             batch_size=config.batch_size,
@@ -156,7 +168,9 @@ class _Planner:
             padded=not packed,
             bf16=bf16,
             accumulation=config.gradient_accumulation_steps,
-            teacher=None if distill is None else self.teacher,
+            averaged=bool(config.ema_decay),
+            soft=config.quant_warmup_form == "soft",
+            teacher=teacher,
             distill=distill,
         )
 

@@ -15,7 +15,7 @@ from transformers import TrainerCallback, TrainerState
 from ..config import TrainingConfig
 from ..model import BitLinear
 from ..processes import process_state
-from .schedule import quant_lambda_at, weight_decay_at
+from .schedule import codes_are_frozen, quant_lambda_at, soft_temperature_at, weight_decay_at
 from .sharding import is_sharded
 from .weights import Codes, bit_codes
 
@@ -37,13 +37,16 @@ class StepSchedules(TrainerCallback):
     ) -> None:
         """Values are functions of the step, so a resumed run has the same ones."""
         decay = weight_decay_at(self.config, state.global_step, state.max_steps)
+        frozen = codes_are_frozen(self.config, state.global_step, state.max_steps)
         for group in optimizer.param_groups:
             if group["decays"]:
-                group["weight_decay"] = decay
+                group["weight_decay"] = 0.0 if frozen and "latents" in group else decay
         quant_lambda = quant_lambda_at(self.config, state.global_step, state.max_steps)
+        temperature = soft_temperature_at(self.config, state.global_step, state.max_steps)
         for module in model.modules():
             if isinstance(module, BitLinear):
                 module.quant_lambda = quant_lambda
+                module.soft_temperature = temperature
 
 
 class CodeStatistics(TrainerCallback):

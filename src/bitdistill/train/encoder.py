@@ -136,8 +136,11 @@ def check_stage_2(recipe: Recipe, source: str | Path, config: PretrainedConfig) 
 
     Raises:
         CheckpointError: it is a classifier.
-        ConfigError: its table of positions is shorter than the sequences.
+        ConfigError: its table of positions is shorter than the sequences, or a teacher is asked for.
     """
+    if is_encoder(config):
+        remedy = f"{config.model_type} is an encoder, whose stage 2 has no teacher; leave it out"
+        check_unused(recipe.pretrain, "pretrain", ("lambda_logits",), remedy)
     if is_encoder(config) and is_classifier(config):
         raise CheckpointError(
             f"{source}: a classifier has no masked-LM head, which stage 2 trains; start from the checkpoint it was "

@@ -1,7 +1,7 @@
 """What a training step computes: a module around the student whose forward returns the loss and its parts.
 
     LanguageModelling   CE                                             stage 2, every plain fine-tune
-    Distillation        CE + lambda * logits KD + gamma * relation KD    stage 3 (eq. 13)
+    Distillation        CE + lambda * logits KD + gamma * relation KD    stage 3 (eq. 13), stage 2 with a teacher
 
 An encoder's are in ``encoder_objective.py``.
 
@@ -102,7 +102,7 @@ class Distillation(LanguageModelling):
     """Stage 3: the student learns the labels, the teacher's distribution and its attention relations.
 
     The teacher, running beside the student or read from its cache, is no part of this module's parameters or
-    checkpoints.
+    checkpoints. In evaluation mode the loss is that of the labels alone.
     """
 
     count_names: tuple[str, ...] = ("labels", "kd_tokens", "relation_rows")
@@ -133,16 +133,18 @@ class Distillation(LanguageModelling):
 
     def counts(self, batch: Mapping[str, Tensor]) -> Tensor:
         """Labelled tokens, tokens of the logits KD, rows of the relation KD; int64 ``[3]``."""
-        rows = batch["attention_mask"].sum()
+        rows = real_tokens(batch).sum()
         if self.distill.relation_mask == "none":
-            rows = torch.tensor(batch["attention_mask"].numel(), device=rows.device)
+            rows = torch.tensor(batch["input_ids"].numel(), device=rows.device)
         return torch.stack([super().counts(batch)[0], self._kd_mask(batch).sum(), rows])
 
     def _kd_mask(self, batch: Mapping[str, Tensor]) -> Tensor:
-        return kd_mask(self.distill.kd_tokens, batch["labels"], batch["attention_mask"])
+        return kd_mask(self.distill.kd_tokens, batch["labels"], real_tokens(batch))
 
     def losses(self, batch: Mapping[str, Tensor], totals: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted sum and its parts, raw and weighted."""
+        if not self.training:
+            return super().losses(batch, totals)
         config, labels = self.distill, batch["labels"]
         layers_s, layers_t = (tuple(pair[side] for pair in self.layer_pairs) for side in (0, 1))
         hidden_s, states_s = run_tapped(self.student, batch, layers_s, config.relation_states)
@@ -161,7 +163,7 @@ class Distillation(LanguageModelling):
             loss = self.label_cross_entropy(hidden_s, labels) / totals[0]
             parts = {"loss/ce": loss}
         if config.gamma_relation:
-            real = batch["attention_mask"].bool()
+            real = real_tokens(batch).bool()
             relation = self._relation_kd(states_s, taught.states, real) / totals[2]
             weighted = config.gamma_relation * relation
             loss = loss + weighted
@@ -227,6 +229,12 @@ class Distillation(LanguageModelling):
         except ValueError as error:
             raise TrainingError(str(error)) from error
         return torch.stack(losses).mean()
+
+
+def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """1 where a token is no padding, int64 ``[B, T]``; packed sequences have no mask and no padding."""
+    mask = batch.get("attention_mask")
+    return torch.ones_like(batch["input_ids"]) if mask is None else mask
 
 
 def kd_mask(tokens: str, labels_BT: Tensor, attention_mask_BT: Tensor) -> Tensor:

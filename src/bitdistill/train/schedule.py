@@ -7,6 +7,14 @@ import math
 
 from ..config import TrainingConfig
 
+SOFTEST = 0.5
+"""First temperature of soft codes: weights nearly as they are, clipped to one scale (0.04 scales off, RMS of
+Gaussian ones), with slopes of 0.85 to 1.08 within half a scale. Colder, the gradient dies around 0 (0.44 at 0.3)."""
+
+HARDEST = 0.02
+"""Last temperature of soft codes. Colder, the few weights within T of a threshold, whose slope is 1 / (2 T), would own
+the gradient's norm; the step to hard codes moves weights by 0.05 scales (root mean square)."""
+
 
 def learning_rate_factor(config: TrainingConfig, step: int, total_steps: int) -> float:
     """Factor on the peak learning rate at optimizer step ``step`` (0-based) of ``total_steps``.
@@ -58,3 +66,20 @@ def quant_lambda_at(config: TrainingConfig, step: int, total_steps: int) -> floa
     """Share of quantisation in the forward pass: rises linearly to 1 over the quantisation warm-up."""
     warmup_steps = math.ceil(config.quant_warmup_ratio * total_steps)
     return 1.0 if step >= warmup_steps else step / warmup_steps
+
+
+def soft_temperature_at(config: TrainingConfig, step: int, total_steps: int) -> float:
+    """Temperature of the soft codes (``quant.soft_ternarize``) at optimizer step ``step``; 0 where they are hard.
+
+    It falls linearly over the warm-up, from SOFTEST to HARDEST, so that weights come closer to their codes at an even
+    rate: for Gaussian weights their mean distance is about 0.4 T scales.
+    """
+    quant_lambda = quant_lambda_at(config, step, total_steps)
+    if config.quant_warmup_form == "mix" or quant_lambda == 1.0:
+        return 0.0
+    return SOFTEST + (HARDEST - SOFTEST) * quant_lambda
+
+
+def codes_are_frozen(config: TrainingConfig, step: int, total_steps: int) -> bool:
+    """Whether optimizer step ``step`` (0-based) belongs to the tail in which the latents of ternary weights stay."""
+    return step >= total_steps - math.ceil(config.freeze_codes_ratio * total_steps)

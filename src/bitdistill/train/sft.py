@@ -103,9 +103,9 @@ def task_sequences(recipe: Recipe, task: Task, tokenizer: PreTrainedTokenizerBas
 
 
 def task_settings(recipe: Recipe) -> dict[str, Any]:
-    """What a fine-tune depends on: not how answers are scored; the columns that are read show in the task's digest."""
-    settings = to_dict(recipe.task)
-    return {key: settings[key] for key in settings if key not in ("scoring", "document_column", "columns")}
+    """What a fine-tune depends on: not how answers are scored; what only selects data shows in the task's digest."""
+    elsewhere = ("scoring", "document_column", "columns", "max_validation_examples")
+    return {key: value for key, value in to_dict(recipe.task).items() if key not in elsewhere}
 
 
 def step_title(output_dir: Path) -> str:

@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoint import checkpoint_digest
 from ..config import DistillConfig, Recipe
@@ -12,10 +14,11 @@ from ..errors import ConfigError, TrainingError
 from .encoder import check_recipe, load_classifier, load_finished_classifier
 from .encoder_objective import ClassDistillation
 from .loading import is_encoder, load_config, load_model, load_tokenizer
-from .objective import Distillation
+from .losses import relation_kd
+from .objective import Distillation, layer_pairs
 from .sft import step_title, task_sequences, task_settings, train_on_task
 from .step import run_step
-from .teacher import CachedTeacher
+from .teacher import CachedTeacher, check_same_tokenizer
 from .teacher_cache import cached_teacher
 from .trainer import processes_to_keep, training_settings
 
@@ -24,7 +27,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
     """Distill ``recipe.distill.teacher`` into ``source`` on the task; returns the new checkpoint.
 
     Raises:
-        TrainingError: teacher and student have different tokenizers.
+        TrainingError: the teacher does not fit; see ``check_teacher``.
     """
     config = recipe.distill
     if not config.teacher:
@@ -47,7 +50,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         model_config = load_config(source, recipe.revision_of(source))
         check_recipe(recipe, model_config, distill=True)
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
-        _check_same_tokenizer(tokenizer, load_tokenizer(config.teacher, config.teacher_revision))
+        check_teacher(recipe, source)
         revision = recipe.revision_of(source)
         taught = None
         teacher: PreTrainedModel | CachedTeacher
@@ -74,7 +77,7 @@ def _settings(config: DistillConfig, processes: int) -> dict[str, Any]:
     """The section as the step's record holds it: what its values started from and where a cache lies decide nothing,
     nor do the cache's keys without one."""
     settings = training_settings(config, processes)
-    del settings["teacher_cache_dir"], settings["preset"]
+    del settings["teacher_cache_dir"], settings["preset"], settings["teacher_method"]
     if config.teacher_cache != "topk":
         del settings["cache_top_k"]
     if config.teacher_cache == "none":
@@ -82,9 +85,30 @@ def _settings(config: DistillConfig, processes: int) -> dict[str, Any]:
     return settings
 
 
-def _check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
-    if student.get_vocab() != teacher.get_vocab():
-        raise TrainingError(
-            f"teacher and student have different tokenizers ({len(teacher)} and {len(student)} entries): their logits "
-            "are over different tokens. Use a teacher fine-tuned from the same model family and tokenizer"
-        )
+def check_teacher(recipe: Recipe, source: str | Path) -> None:
+    """Refuse a teacher that the student of ``source`` cannot be held against; reads configs and tokenizers only.
+
+    Width, depth and heads may be others, as long as the relation KD can pair the layers and split the states.
+
+    Raises:
+        TrainingError: the tokenizers differ, a layer of the relation KD does not exist, or its heads do not pair.
+    """
+    config, revision = recipe.distill, recipe.revision_of(source)
+    teacher = config.teacher, config.teacher_revision
+    check_same_tokenizer(load_tokenizer(source, revision), load_tokenizer(*teacher))
+    models = load_config(source, revision), load_config(*teacher)
+    if not layer_pairs(config, *(model.num_hidden_layers for model in models)):
+        return
+    try:  # the loss itself knows what fits: one token of each model goes through it
+        relation_kd(*map(_states, models), heads=config.relation_heads, form=config.relation_form)
+    except ValueError as error:
+        raise TrainingError(str(error)) from error
+
+
+def _states(config: PretrainedConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Q, K, V of one token in the shapes that a model's attention has, ``[1, heads, 1, head width]``."""
+    heads = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // heads
+    query = torch.zeros(1, heads, 1, width)
+    shared = torch.zeros(1, getattr(config, "num_key_value_heads", None) or heads, 1, width)
+    return query, shared, shared

@@ -79,10 +79,10 @@ def run_tapped(
     layers: tuple[int, ...],
     states: Literal["post_rope", "pre_rope"],
 ) -> tuple[Tensor, dict[int, States]]:
-    """Final hidden states ``[B, T, E]`` of a padded batch, and the states of ``layers``."""
+    """Final hidden states ``[B, T, E]`` of a batch, padded or packed, and the states of ``layers``."""
     with capture(model, layers, states) as captured:
         hidden = model.base_model(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False
+            input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False
         ).last_hidden_state
     return hidden, captured
 

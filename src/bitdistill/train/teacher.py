@@ -6,8 +6,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ..errors import TrainingError
 from .head_loss import block_linear
 from .losses import logits_kd, top_k_kd
 from .sharding import shard_frozen
@@ -66,6 +67,15 @@ class LiveTeacher:
         names = self.model._no_split_modules
         layers = [module for module in self.model.modules() if type(module).__name__ in names]
         shard_frozen(self.model, layers)
+
+
+def check_same_tokenizer(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raise TrainingError where the logits of the two would be over different tokens."""
+    if student.get_vocab() != teacher.get_vocab():
+        raise TrainingError(
+            f"teacher and student have different tokenizers ({len(teacher)} and {len(student)} entries): their logits "
+            "are over different tokens. Use a teacher fine-tuned from the same model family and tokenizer"
+        )
 
 
 class CachedTeacher:

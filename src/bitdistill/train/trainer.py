@@ -5,17 +5,15 @@ What is ours: the objective's loss and its totals over an optimizer step, schedu
 the step, whatever the processes, and a saved checkpoint that is the student alone.
 """
 
-import json
 import logging
 import math
-import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
@@ -26,14 +24,23 @@ from ..data.masked import MaskedSequences
 from ..errors import CheckpointError, TrainingError
 from ..processes import from_main_process, num_processes
 from ..recipe import to_dict
+from .average import weight_average
 from .batches import GlobalBatch, SeededOrder, global_batch
 from .callbacks import CodeStatistics, MetricsFile, ProgressBar, StepSchedules
 from .heldout import HeldoutLoss
 from .objective import Objective, autocast_dtype
-from .schedule import learning_rate_factor
-from .sharding import GATHER_FP32, holds_shards, load_optimizer, load_weights, whole
+from .parameter_groups import group_factors, split_latents
+from .resume import resume_point_of, steps_done
+from .sharding import GATHER_FP32, load_optimizer, load_weights, whole
 
 logger = logging.getLogger(__name__)
+
+SHORT_SEQUENCE = 128
+"""Longest sequence up to which attention on a CPU is computed without the fused kernel; at 256 neither is faster."""
+
+OPTIONS = ("quant_warmup_form", "freeze_codes_ratio", "freeze_codes_lr", "ema_decay")
+"""Keys that a step's record holds only where they are not at their defaults: a step made before there was such a key is
+still the same step."""
 
 
 class StudentTrainer(Trainer):
@@ -74,8 +81,12 @@ class StudentTrainer(Trainer):
             # Gradients that wait for the last micro-batch wait whole, on every process.
             self.accelerator.gradient_state.plugin_kwargs["sync_each_batch"] = True
             objective.shard_teacher()
+        self.average = weight_average(objective.student, config.ema_decay, sharded=self.is_fsdp_enabled)
+        if self.average is not None:
+            self.add_callback(self.average)
         self.heldout = heldout
         if heldout is not None:
+            heldout.judged = self.average.in_place if self.average is not None else nullcontext
             self.add_callback(heldout)
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
@@ -90,21 +101,26 @@ class StudentTrainer(Trainer):
             numbered=isinstance(self.train_dataset, MaskedSequences),
         )
 
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Trainer's, without learned scales: a scale decays no weight, it moves all thresholds of its matrix."""
+        return [n for n in super().get_decay_parameter_names(model) if not n.endswith(".weight_scale")]
+
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, whose group of norms and biases has no weight decay and is marked to stay that way."""
         optimizer = super().create_optimizer(model)
         for group in optimizer.param_groups:
             group["decays"] = group["weight_decay"] > 0
+        if self.config.freeze_codes_ratio:
+            split_latents(optimizer, self.objective)
         return optimizer
 
     def create_scheduler(
         self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None
     ) -> torch.optim.lr_scheduler.LRScheduler:
-        """The recipe's schedule."""
-        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer,
-            lambda step: learning_rate_factor(self.config, step, num_training_steps),
-        )
+        """The recipe's schedule, for each group of parameters."""
+        optimizer = optimizer or self.optimizer
+        factors = group_factors(optimizer, self.config, num_training_steps)
+        self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factors)
         return self.lr_scheduler
 
     def get_batch_samples(
@@ -180,7 +196,10 @@ class StudentTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         del state_dict
-        self.objective.student.save_pretrained(output_dir or self.args.output_dir)
+        folder = output_dir or self.args.output_dir
+        self.objective.student.save_pretrained(folder)
+        if self.average is not None:
+            self.average.save(Path(folder))
 
     def _load_from_checkpoint(
         self, resume_from_checkpoint: str, model: torch.nn.Module | None = None
@@ -195,6 +214,8 @@ class StudentTrainer(Trainer):
                 f"{resume_from_checkpoint} does not fit the model it should resume ({', '.join(sorted(lost)[:3])}); "
                 "delete that folder to resume from an earlier one"
             )
+        if self.average is not None:
+            self.average.load(Path(resume_from_checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
@@ -241,6 +262,7 @@ def fit(
             "%s keeps its global batch of %d sequences: %d processes, %d micro-batches of %d on each",
             title, batch.size, batch.processes, batch.accumulation, batch.batch_size,
         )  # fmt: skip
+    _check_soft(objective.student, config)
     hf_logging.set_verbosity_error()
     set_seed(seed)
     trainer_dir = work_dir / "trainer"
@@ -296,17 +318,20 @@ def fit(
     bar = ProgressBar(title)
     trainer.add_callback(bar)
     objective.student.config.use_cache = False
-    resume_point = _resume_point(trainer_dir)
+    resume_point = resume_point_of(trainer_dir)
     try:
-        if resume_point is not None and _steps_done(resume_point) >= steps:
+        if resume_point is not None and steps_done(resume_point) >= steps:
             # Stopped between the last step and the end of this function. Trainer would take one step more.
             trainer._load_from_checkpoint(resume_point)
             metrics_file.reopen(steps, is_writer=trainer.is_world_process_zero())
         else:
-            trainer.train(resume_from_checkpoint=resume_point)
+            with _attention(args, lengths):
+                trainer.train(resume_from_checkpoint=resume_point)
     finally:
         bar.progress.stop()  # a live bar hides the cursor
     objective.student.config.use_cache = True
+    if trainer.average is not None:
+        trainer.average.finish()
     broken = [n for n, p in objective.student.named_parameters() if not whole(torch.isfinite(p).all())]
     if broken:
         raise TrainingError(
@@ -314,6 +339,23 @@ def fit(
             f"Lower the learning rate (now {config.learning_rate:g}) and delete {work_dir} to train it again"
         )
     return metrics_file.summary()
+
+
+def _check_soft(student: torch.nn.Module, config: TrainingConfig) -> None:
+    if config.quant_warmup_form == "soft" and any(
+        n.endswith(".weight_scale") for n, _ in student.named_parameters()
+    ):
+        raise TrainingError(
+            'quant_warmup_form = "soft" holds scales constant, and this student learns its own: set '
+            'quant_warmup_form = "mix", or refine with scale = "absmean"'
+        )
+
+
+def _attention(args: TrainingArguments, lengths: list[int] | None) -> AbstractContextManager:
+    """On a CPU the backward pass of fused attention costs short sequences a quarter of a step: plain products there."""
+    if args.use_cpu and lengths and max(lengths) <= SHORT_SEQUENCE:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def processes_to_keep(recipe: Recipe, output_dir: Path) -> int:
@@ -326,12 +368,12 @@ def training_settings(config: TrainingConfig, processes: int | None = None) -> d
     """A training section as a step's record holds it: with what this machine and its launcher add to the result.
 
     ``precision`` is the one that computes, not ``auto``; ``processes`` (None: these) multiplies the global batch. What
-    changes no result is not there.
+    changes no result is not there, nor are OPTIONS at their defaults.
     """
     compute = "fp32" if autocast_dtype(config.precision) is None else "bf16"
     settings = to_dict(config) | {"precision": compute, "processes": processes or num_processes()}
     del settings["gradient_checkpointing"]
-    return settings
+    return {key: v for key, v in settings.items() if key not in OPTIONS or v != getattr(type(config), key)}
 
 
 def steps_for_tokens(config: TrainingConfig, tokens: int, sequence_length: int, processes: int) -> int:
@@ -347,35 +389,3 @@ def steps_for_epochs(config: TrainingConfig, epochs: float, examples: int, proce
 def _steps(config: TrainingConfig, sequences: int, processes: int) -> int:
     per_step = config.batch_size * config.gradient_accumulation_steps * processes
     return max(1, math.ceil(sequences / per_step))
-
-
-def _resume_point(trainer_dir: Path) -> str | None:
-    """The last checkpoint that was written to its end and can be opened.
-
-    An incomplete one stays where it is: training comes past its step again and writes over it.
-    """
-    checkpoints = sorted(trainer_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(checkpoints):
-        if _is_whole(path):
-            return str(path)
-        logger.warning("%s is incomplete (killed while saving?); using an earlier one", path)
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether state, weights and optimizer can be opened."""
-    try:
-        _steps_done(str(checkpoint))
-        if holds_shards(checkpoint):
-            return True
-        with safe_open(checkpoint / "model.safetensors", framework="pt"):
-            pass
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return False
-    return zipfile.is_zipfile(checkpoint / "optimizer.pt")
-
-
-def _steps_done(checkpoint: str) -> int:
-    """Optimizer steps that a Trainer checkpoint has behind it."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])
