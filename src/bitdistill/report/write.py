@@ -43,7 +43,7 @@ def _pages(run_dir: Path) -> dict[str, str]:
         return pages
     found = f" Files that are no usable record: {' '.join(damaged)}" if damaged else ""
     raise CheckpointError(
-        f"{run_dir / RESULT_FILE}: no such file, and below {run_dir} is neither a model pre-trained from scratch nor a "
-        "record of a study. Give the folder of a `bitdistill run` (finish the run first), one with results of "
-        f"`bitdistill base`, or the folder above the folders of a `bitdistill sweep`'s records.{found}"
+        f"{run_dir / RESULT_FILE}: no such file; give the folder of a `bitdistill run`, or finish the run first. Nor "
+        "is there a model of `bitdistill base` in it, or a record of a `bitdistill sweep`, which lies in a folder for "
+        f"each study: give the one above.{found}"
     )

@@ -26,10 +26,10 @@ CHAINS = ("bitnet_sft", DISTILLED)
 """Methods whose steps are drawn one by one."""
 
 
-def size_chart(task: str, entries: Sequence[Entry]) -> Chart:
-    """Scores of the methods on one task against the size of the base, whiskers from the bootstrap."""
+def size_chart(task: str, entries: Sequence[Entry]) -> Chart | None:
+    """Scores of the methods on one task against the size of the base, with 95 % intervals; None if none is known."""
     metric = metric_name(entries[0].column.metric)
-    majority = {entry.column.majority for entry in entries} - {None}
+    majority = [entry.column.majority for entry in entries if entry.column.majority is not None]
     lines = _lines(entries)
 
     def paint(axes: "Axes") -> None:
@@ -48,15 +48,14 @@ def size_chart(task: str, entries: Sequence[Entry]) -> Chart:
         axes.minorticks_off()
         axes.set_xlim(min(sizes) / 1.35, max(sizes) * 1.35)
         if majority:
-            axes.axhline(
-                100 * min(m for m in majority if m is not None), color=MUTED, linestyle="--", linewidth=1
-            )
+            axes.axhline(100 * majority[0], color=MUTED, linestyle="--", linewidth=1)
         dashed = "; dashed: commonest class" if majority else ""
         axes.set_xlabel(f"parameters outside the embedding\nwhiskers: 95 %{dashed}")
         axes.set_ylabel(f"{metric}, %")
         axes.figure.legend(loc="outside upper left", ncols=3, columnspacing=1.2)
 
-    return draw(f"size {task}", f"{heading(metric)} against size, {task}", paint, height=3.0)
+    title = f"{heading(metric)} against size, {task}"
+    return draw(f"size {task}", title, paint, height=3.0) if lines else None
 
 
 def _lines(entries: Sequence[Entry]) -> dict[str, tuple[str, list[tuple[float, Interval]]]]:

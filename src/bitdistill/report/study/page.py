@@ -119,16 +119,19 @@ def _html(report: StudyReport) -> str:
     for name, table in report.tables.items():
         body.append(section(table))
         if name == "main":
-            body.append(gallery([size_chart(task, own) for task, own in by_task.items()]))
+            drawn = (size_chart(task, own) for task, own in by_task.items())
+            body.append(gallery([chart for chart in drawn if chart]))
         for study in report.studies:
             if name == f"study {study.name}":
                 charts = (difference_chart(study, column) for column in study.columns)
                 body.append(gallery([chart for chart in charts if chart]))
     if report.steps:
         body += ["<h2>Curves and weights</h2>", paragraph(CURVES), gallery(stage_2_charts(report.entries))]
-        for step, drawn in report.steps:
+        for step, own_charts in report.steps:
             body.append(
-                step_section(step.path, (f"{stage_name(step)} · {duration(step.time_s)}",), [gallery(drawn)])
+                step_section(
+                    step.path, (f"{stage_name(step)} · {duration(step.time_s)}",), [gallery(own_charts)]
+                )
             )
     body.append("<h2>Recipes</h2>")
     for study in report.studies:

@@ -117,7 +117,8 @@ def study_table(study: Study) -> Table:
     """Every point and method of a study, with the difference to its reference row on each task and size."""
     most = max((len(cell.seeds) for column in study.columns for cell in column.cells.values()), default=1)
     labels = [study.row_label(key) for key in study.rows]
-    shown = [index for index in (0, 1) if len({label[index] for label in labels}) > 1] or [1]
+    is_shown = (len(study.points) > 1, len({method for _, method in labels}) > 1)
+    shown = [index for index in (0, 1) if is_shown[index]] or [1]
     header = [("Point", "Method")[index] for index in shown]
     judged = {column.judged_on for column in study.columns}
     for column in study.columns:
