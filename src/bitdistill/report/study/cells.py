@@ -160,7 +160,12 @@ class Study:
         return point_key(failure.point), self.reference[1]
 
     def is_same_at_every_point(self, method: str) -> bool:
-        """Whether a method ran once for all points that have it, because what varies does not concern it."""
+        """Whether a method gave the same answers at all points that have it: what varies is not its own.
+
+        Never the method of the reference row, which is what the study is about.
+        """
+        if method == self.reference[1]:
+            return False
         most = 0
         for column in self.columns:
             cells = [cell for (_, m), cell in column.cells.items() if m == method]
