@@ -28,8 +28,10 @@ MARK = re.compile(
     r"<!-- end of (?P=name): benchmarks/fidelity_tables\.py -->",
     re.DOTALL,
 )
-NOTHING = "No run is on file yet."
+NOTHING = "Nothing is on file yet."
 STUDY = "study "
+SINGLE = ("main", "learning rates", "costs")
+SEVERAL = ("main ", STUDY)
 
 
 def read_tables(folder: Path = RECORDS) -> dict[str, Table]:
@@ -62,6 +64,10 @@ def with_tables(text: str, tables: Mapping[str, Table]) -> str:
 
 def _part(name: str, tables: Mapping[str, Table]) -> str:
     if name not in tables:
+        if name not in SINGLE and not name.startswith(SEVERAL):
+            raise SystemExit(
+                f"no table is called {name!r}: use {', '.join(SINGLE)}, main PRESET, study NAME or studies"
+            )
         return NOTHING
     return table_text(tables[name]) if name.startswith("main ") else _section(tables[name])
 

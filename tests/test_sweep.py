@@ -1,6 +1,7 @@
 """A sweep: a run and a record for every point, shared steps made once, what is finished left alone."""
 
 import json
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -104,6 +105,23 @@ def test_a_record_holds_curves_and_weights_of_its_steps(swept):
     weights = json.loads((folder / "weights.json").read_text())
     assert list(map(int, steps[distilled]["weights"]["counts"].split())) == weights["counts"]
     assert record["base"]["parameters"] > record["base"]["non_embedding_parameters"] > 0
+
+
+def test_the_report_reads_what_a_sweep_writes(swept, cli):
+    """Means and deviations over the seeds, from the records' own scores; the runs beside the records are no studies."""
+    outcome = cli("report", swept.folder / "gamma")
+    assert outcome.status == 0, outcome.err
+    text = (swept.folder / "gamma" / "report.md").read_text()
+    assert "4 runs of 1 study; 0 failed." in text and "damaged" not in text and "no record" not in text
+    assert json.loads((swept.folder / "gamma" / "summary.json").read_text()) == []  # judged on held-out items
+    lines = [[cell.strip() for cell in line.split("|")] for line in text.splitlines()]
+    shown = {line[1]: line[3] for line in lines if len(line) > 4 and line[2] == "BitDistill"}
+    for gamma in ("1.0", "10.0"):
+        rows = [swept.records[f"gamma_relation-{gamma}_s{seed}"]["rows"]["bitdistill"] for seed in (0, 1)]
+        mean, deviation = (
+            f(100 * row["accuracy"] for row in rows) for f in (statistics.mean, statistics.stdev)
+        )
+        assert shown[f"gamma_relation {float(gamma):g}"] == f"{mean:.2f} ± {deviation:.2f}"
 
 
 def test_a_finished_sweep_does_nothing_and_a_killed_one_makes_what_is_missing(swept, cli):

@@ -230,7 +230,7 @@ def test_verdicts(tmp_path: Path, task: str, right: tuple[int, ...], verdict: st
 
 @pytest.mark.parametrize(("task", "bar"), [("sst2", -2.0), ("qnli", -1.0), ("mnli", -1.0)])
 def test_the_lower_bound_decides(tmp_path: Path, task: str, bar: float) -> None:
-    """Of 2,000 items the rows differ on 4, 20 and 60: by 0.2, 1 and 3 points, bounds about 0.2, 0.45 and 0.75 lower."""
+    """Of 2,000 items the rows differ on 4, 20 and 60: by 0.2, 1 and 3 points; bounds are 0.2, 0.45 and 0.75 lower."""
     found = []
     for right in (1796, 1780, 1740):
         folder = tmp_path / str(right)

@@ -150,29 +150,29 @@ class Study:
         failed = {self.key_of(record) for column in self.columns for record in column.failures}
         wanted = known.keys() | failed
         ordered = [(point, method) for point in self.points for method in (*self.methods, DISTILLED)]
-        first = next(iter(self.points))
-        return [
-            key
-            for key in dict.fromkeys(ordered)
-            if key in wanted and not (key[0] != first and self.is_same_at_every_point(key[1]))
-        ]
+        keys = [key for key in dict.fromkeys(ordered) if key in wanted]
+        once = {method for method in self.methods if self.is_same_at_every_point(method)}
+        firsts = {method: next(key for key in keys if key[1] == method) for method in once}
+        return [key for key in keys if key[1] not in once or key == firsts[key[1]]]
 
     def key_of(self, failure: StudyRecord) -> Key:
         """Where a failed run stands in tables; nobody knows which of its methods failed."""
         return point_key(failure.point), self.reference[1]
 
     def is_same_at_every_point(self, method: str) -> bool:
-        """Whether a method ran once for all points that were finished, because what varies does not concern it."""
-        finished = 0
+        """Whether a method gave the same answers at all points that have it: what varies is not its own.
+
+        Never the method of the reference row, which is what the study is about.
+        """
+        if method == self.reference[1]:
+            return False
+        most = 0
         for column in self.columns:
-            places = list(dict.fromkeys(point for point, _ in column.cells))
-            cells = [column.cells.get((point, method)) for point in places]
-            if not all(
-                cell is not None and cells[0] is not None and cell.has_items_of(cells[0]) for cell in cells
-            ):
+            cells = [cell for (_, m), cell in column.cells.items() if m == method]
+            if not all(cell.has_items_of(cells[0]) for cell in cells):
                 return False
-            finished = max(finished, len(places))
-        return finished > 1
+            most = max(most, len(cells))
+        return most > 1
 
     def point_label(self, point: str) -> str:
         """What varies, with its values here."""

@@ -15,8 +15,8 @@ from .records import Base, Items, StudyRecord
 
 FORMAT = 1
 """Of the records that this version writes and reads."""
-PATTERNS = ("*/*.json", "records/*/*.json")
-"""Where records lie: in a folder for each study; in the folder of a sweep below ``records``."""
+PATTERNS = ("records/*/*.json", "*/*.json")
+"""Where records lie, a folder for each study: below ``records`` in the folder of a sweep, or right in the folder."""
 SCORE_TOLERANCE = 1e-5
 """Items that are not all 0 or 1 are written with six digits."""
 
@@ -29,7 +29,7 @@ def read_study(folder: Path) -> tuple[list[StudyRecord], list[str]]:
     """
     records: dict[tuple[Any, ...], StudyRecord] = {}
     notes = []
-    for path in sorted({path for pattern in PATTERNS for path in folder.glob(pattern)}):
+    for path in next((found for pattern in PATTERNS if (found := sorted(folder.glob(pattern)))), []):
         name = clean(path.relative_to(folder))
         try:
             record = _read(path, name)

@@ -160,7 +160,9 @@ def _study_notes(study: Study, most: int) -> list[str]:
         listed = ", ".join(f"{c.title} {100 * (c.majority or 0.0):.1f}" for c in known)
         notes.append(f"Always answering the commonest class: {listed}.")
     if any(study.is_same_at_every_point(method) for method in study.methods):
-        notes.append("Every point: what varies does not concern this method, which was run once.")
+        notes.append(
+            "Every point: what varies does not concern this method; all points that have it gave the same answers."
+        )
     unpaired = [
         column.title
         for column in study.columns
