@@ -37,8 +37,8 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": x, "labels": x, "attention_mask": torch.ones_like(x)} for x in ids]
 
 
-def make(kind: str, granularity: str) -> LanguageModelling:
-    student = small_student("qwen3", {"granularity": granularity, "block_size": 20})
+def make(kind: str, granularity: str, scale: str) -> LanguageModelling:
+    student = small_student("qwen3", {"granularity": granularity, "block_size": 20, "scale": scale})
     if kind == "language modelling":
         return LanguageModelling(student)
     return Distillation(student, small_model("qwen3"), DistillConfig(relation_heads=2))
@@ -68,8 +68,10 @@ def train(objective, *, rank: int, processes: int, bf16: bool) -> tuple[list[flo
     return losses, first
 
 
-def compare(kind: str, granularity: str, *, bf16: bool, policy: MixedPrecisionPolicy) -> dict[str, object]:
-    whole_one = make(kind, granularity)
+def compare(
+    kind: str, granularity: str, *, bf16: bool, policy: MixedPrecisionPolicy, scale: str = "absmean"
+) -> dict[str, object]:
+    whole_one = make(kind, granularity, scale)
     sharded = copy.deepcopy(whole_one)
     if kind == "distillation":
         sharded.shard_teacher()
@@ -105,6 +107,10 @@ def main() -> dict[str, dict[str, object]]:
             )
     for granularity in ("channel", "block"):
         found[granularity] = compare("language modelling", granularity, bf16=True, policy=GATHER_FP32)
+    for granularity in ("tensor", "block"):
+        found[f"learned, {granularity}"] = compare(
+            "language modelling", granularity, bf16=False, policy=GATHER_FP32, scale="learned"
+        )
     accelerates = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
     found["gathered in bf16"] = compare("language modelling", "tensor", bf16=True, policy=accelerates)
     return found

@@ -25,10 +25,11 @@ SHAPES = [
     ({}, {}),
     ({"granularity": "channel", "norm_sites": "all"}, {"tie_word_embeddings": False}),
     ({"granularity": "block", "block_size": 7, "skip": ["*.down_proj"]}, {"attention_bias": True}),
+    ({"granularity": "channel", "scale": "learned"}, {}),
 ]
 
 
-@pytest.fixture(params=SHAPES, ids=["tensor", "channel", "block"])
+@pytest.fixture(params=SHAPES, ids=["tensor", "channel", "block", "learned"])
 def made(
     request: pytest.FixtureRequest, save_student: Callable[..., Path], tmp_path: Path
 ) -> tuple[Path, Path]:
@@ -49,6 +50,10 @@ def test_the_trits_and_scales_are_the_students(made: tuple[Path, Path]) -> None:
                 continue
             spec = module.spec
             code, scale = ternarize(module.weight.detach(), spec.granularity, spec.block_size)
+            if spec.scale == "learned":
+                absmean, scale = scale, module.weight_scale.detach()
+                assert not torch.allclose(absmean, scale)
+                code = (module.weight.detach() / scale).round().clip(-1, 1)
             block = spec.block_size if spec.granularity == "block" else None
             got = layout.unpack(stored.get_tensor(f"{name}.weight"), *module.weight.shape, block)
             np.testing.assert_array_equal(got, code.numpy())
@@ -56,7 +61,7 @@ def test_the_trits_and_scales_are_the_students(made: tuple[Path, Path]) -> None:
             checked += 1
     assert checked
     # Nothing else than the model's own tensors and the scales is there.
-    own = {name for name, _ in model.named_parameters()}
+    own = {name for name, _ in model.named_parameters() if not name.endswith("_scale")}
     assert {n for n in names if not n.endswith("_scale")} == own
 
 
@@ -66,7 +71,7 @@ def test_every_other_tensor_is_the_students_in_bf16_or_f32(made: tuple[Path, Pat
     with safe_open(out / "model.safetensors", "pt") as stored:
         for name, parameter in model.named_parameters():
             got = stored.get_tensor(name)
-            if got.dtype == torch.uint8:
+            if got.dtype == torch.uint8 or name.endswith("_scale"):
                 continue
             wide = "embed_tokens" in name or "lm_head" in name or name.endswith("_proj.weight")
             assert got.dtype == (torch.bfloat16 if wide else torch.float32), name

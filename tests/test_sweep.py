@@ -124,6 +124,12 @@ def test_a_record_of_another_recipe_is_not_taken_for_this_one(swept, cli):
     assert "Traceback" not in outcome.err
 
 
+def test_a_point_wins_over_a_setting_of_all_points(project, cli, tmp_path):
+    words = ("--set", "sft.epochs=3", "--grid", "sft.epochs=2,3", "--list")
+    outcome = cli("sweep", str(project), "--set", f"output_dir={tmp_path}", *words)
+    assert outcome.status == 0, outcome.err  # two points, not the same twice
+
+
 def test_points_are_listed_without_a_run(project, cli, tmp_path):
     words = (
         "--grid",

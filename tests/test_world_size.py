@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 from pair import STOPPED, stopped_at
+from safetensors.torch import load_file
 from test_processes import WEIGHT_TOLERANCE, command, distance, log, untimed
 
 STEPS, SAVED, STOP = 8, 3, 5
@@ -29,22 +30,34 @@ def runs(cli, python, project, student, qwen3, tmp_path_factory) -> SimpleNamesp
     """Every run of this file; those of two processes share one launch."""
     folder = tmp_path_factory.mktemp("world_size")
 
-    def on_one(name: str, *, stop_at: int | None = None, batch_size: int = 8, **settings) -> None:
-        arguments = pretrain(project, student, folder / name, batch_size=batch_size, **settings)
+    def on_one(
+        name: str, *, source=student, stop_at: int | None = None, batch_size: int = 8, **settings
+    ) -> None:
+        arguments = pretrain(project, source, folder / name, batch_size=batch_size, **settings)
         with stopped_at(stop_at):
             outcome = cli(*arguments)
         assert outcome.status == (STOPPED if stop_at else 0), outcome.err
 
     def on_two(
-        name: str, *, batch_size: int = 4, stop_at: int | None = None, sharded=False, **settings
+        name: str,
+        *,
+        source=student,
+        batch_size: int = 4,
+        stop_at: int | None = None,
+        sharded=False,
+        **settings,
     ) -> dict:
-        arguments = pretrain(project, student, folder / name, batch_size=batch_size, **settings)
+        arguments = pretrain(project, source, folder / name, batch_size=batch_size, **settings)
         return {"arguments": arguments, "stop_at": stop_at, "sharded": sharded}
 
     on_one("one")
     on_one("one, bf16", precision="bf16")
     for name in ("one -> two", "one -> sharded"):
         on_one(name, stop_at=STOP)
+    learned = folder / "learned"
+    words = ("refine", project, "--source", qwen3, "--output", learned, "--set", "refine.scale=learned")
+    assert cli(*words).status == 0
+    on_one("learned, one", source=learned)
     assert cli(*command(project, qwen3, folder / "whole", batch_size=8)).status == 0
     small = {"batch_size": 2, "gradient_accumulation_steps": 2}
     jobs = [
@@ -56,6 +69,8 @@ def runs(cli, python, project, student, qwen3, tmp_path_factory) -> SimpleNamesp
         on_two("sharded -> sharded", sharded=True),
         on_two("sharded", sharded=True),
         on_two("sharded, bf16", sharded=True, precision="bf16"),
+        on_two("learned, sharded", source=learned, stop_at=STOP, sharded=True),
+        on_two("learned, sharded", source=learned, sharded=True),
     ]
     whole_run = command(project, qwen3, folder / "whole, sharded", batch_size=4)
     jobs.append({"arguments": list(map(str, whole_run)), "sharded": True})
@@ -91,6 +106,19 @@ def test_the_end_is_that_of_one_process(runs, name):
     assert distance(runs.folder / name, runs.folder / "one") < WEIGHT_TOLERANCE * moved
     assert_same_losses(runs.folder / "one", runs.folder / name)
     assert len(log(runs.folder / name)) == STEPS
+
+
+def test_learned_scales_are_trained_in_shards_as_on_one_process(runs):
+    """One number a matrix: the first process holds it, the other an empty part, also in the checkpoint."""
+    moved = distance(runs.folder / "learned, one", runs.folder / "learned")
+    assert distance(runs.folder / "learned, sharded", runs.folder / "learned, one") < WEIGHT_TOLERANCE * moved
+    assert_same_losses(runs.folder / "learned, one", runs.folder / "learned, sharded")
+    before, after = (
+        load_file(runs.folder / name / "model.safetensors") for name in ("learned", "learned, sharded")
+    )
+    scales = [name for name in after if name.endswith(".weight_scale")]
+    assert len(scales) == 14
+    assert all(after[name] > 0 and after[name] != before[name] for name in scales)
 
 
 def test_gradients_of_a_sharded_student_are_reduced_after_every_micro_batch(runs):

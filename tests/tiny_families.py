@@ -67,15 +67,17 @@ def small_model(family: str, **changes: object) -> PreTrainedModel:
 
 
 def small_student(family: str, ternary: dict | None = None, **changes: object) -> PreTrainedModel:
-    """A small random student with norm gains that are not neutral."""
+    """A small random student with norm gains that are not neutral, and learned scales that are no absmean."""
     base = small_model(family, **changes)
     config_class, model_class, *_ = STUDENT_CLASSES[family]
     fields = base.config.to_dict()
     fields.pop("model_type")
     model = model_class(config_class(ternary=ternary or {}, **fields)).eval()
     report = model.load_state_dict(base.state_dict(), strict=False)
-    assert all(".norm.weight" in name for name in report.missing_keys)
+    assert all(name.endswith((".norm.weight", ".weight_scale")) for name in report.missing_keys)
     with torch.no_grad():
         for name in report.missing_keys:
-            model.get_parameter(name).uniform_(0.5, 1.5)
+            parameter = model.get_parameter(name)
+            drawn = torch.empty_like(parameter).uniform_(0.5, 1.5)
+            parameter.copy_(drawn * parameter if name.endswith("scale") else drawn)
     return model

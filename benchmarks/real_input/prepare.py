@@ -2,10 +2,11 @@
 
     python benchmarks/real_input/prepare.py DATA OUT
 
-DATA holds ``corpora/`` (eltec_eng.tar.xz, openstax.tar.xz, pepys_diary.txt.xz, *.txt), ``sst2/``, ``qnli/`` and ``mnli/``
-(GLUE's TSV files, ``train_subset.tsv`` where there is a part of the training data) and ``checkpoints/stories260K/hf``. OUT
-receives ``corpus/`` (prose), ``stories.jsonl`` (one TinyStories story per line), the tasks and ``stories260K/`` (the
-checkpoint, with its tokenizer's end-of-text token set to the one that its config names: the separator it was trained with).
+DATA holds ``corpora/`` (eltec_eng.tar.xz, openstax.tar.xz, pepys_diary.txt.xz, *.txt), ``sst2/``, ``qnli/`` and
+``mnli/`` (GLUE's TSV files, ``train_subset.tsv`` where there is a part of the training data) and
+``checkpoints/stories260K/hf``. OUT receives ``corpus/`` (prose), ``stories.jsonl`` (a TinyStories story a line), the
+tasks and ``stories260K/`` (the checkpoint, with its tokenizer's end-of-text token set to the one that its config names:
+the separator it was trained with).
 """
 
 import json

@@ -257,16 +257,18 @@ def export(
 
 @app.command()
 def report(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo.")],
+    run_dir: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder of a run, such as runs/demo, or of records.")
+    ],
     json_path: JsonFile = None,
 ) -> None:
-    """Write report.html and report.md of a run, or of the models pre-trained in a folder, side by side."""
+    """Write report.html and report.md: of a run, of the records of a sweep, or of models pre-trained in a folder."""
     from .report.write import write_report
 
     paths = [str(path) for path in write_report(run_dir)]
     for path in paths:
         console.print(path, highlight=False, soft_wrap=True)
-    write_json_to(json_path, {"html": paths[0], "markdown": paths[1]})
+    write_json_to(json_path, dict(zip(("html", "markdown", "summary"), paths, strict=False)))
 
 
 cli_eval.add_verbs(app)
@@ -306,7 +308,7 @@ def _run_recipe(recipe: "Recipe", json_path: Path | None, *, deploy: bool = Fals
         _deploy(recipe, result)
     write_json_to(json_path, result)
     try:
-        html, _ = write_report(recipe.run_dir)
+        html, *_ = write_report(recipe.run_dir)
         console.print(f"report: {html}", highlight=False, soft_wrap=True)
     except BitDistillError as error:  # the run is done and recorded; a missing plot library must not fail it
         stderr.print(f"no report: {_escape(str(error))}", highlight=False, soft_wrap=True)

@@ -80,7 +80,13 @@ def sweep(
     wanted = points(dict(keys), choices, range(plain.seed, plain.seed + seeds))
     study = name or plain.name
     folder = Path(plain.output_dir) / study
-    runs = [(p, point_recipe(load_recipe(recipe, set_ or (), p.values), p, folder)) for p in wanted]
+
+    def at(p: "Point") -> "Recipe":
+        """The recipe of a point, whose values win over those of --set."""
+        rest = [text for text in set_ or () if text.partition("=")[0].strip() not in p.values]
+        return point_recipe(load_recipe(recipe, rest, p.values), p, folder)
+
+    runs = [(p, at(p)) for p in wanted]
     _check_distinct(runs)
     if list_:
         for _, r in runs:

@@ -20,7 +20,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import provenance, read_run, write_json
-from .config import Recipe
+from .config import LABELS, Recipe
 from .data.corpus import PackedSequences, build_shards
 from .data.prompts import PromptEncoder
 from .data.tasks import Task, load_task
@@ -44,18 +44,12 @@ from .train.encoder import (
     check_stage_2,
     load_finished_classifier,
 )
+from .train.initialisation import check_initialisation
 from .train.loading import check_family, is_encoder, load_config, load_model, load_tokenizer
 from .train.size import model_size
 from .train.teacher_cache import finished_caches
 
 logger = logging.getLogger(__name__)
-
-LABELS = {
-    "fp16_sft": "FP16-SFT",
-    "fp16_ct_sft": "FP16-CT-SFT",
-    "bitnet_sft": "BitNet-SFT",
-    "bitdistill": "BitDistill",
-}
 
 StepRun = Callable[[Recipe, str | Path, Path], Path]
 
@@ -91,11 +85,9 @@ class Method:
             alone = dataclasses.replace(recipe, pretrain=recipe.pretrain.without_teacher())
             return [("pretrain-fp16", stage2_pretrain.run, alone)]
         plain = self.name == "bitnet_sft" or "no_subln" in self.switches
-        sites = "none" if plain else recipe.refine.norm_sites
-        gain = "one" if plain else recipe.refine.gain
-        refined = dataclasses.replace(
-            recipe, refine=dataclasses.replace(recipe.refine, norm_sites=sites, gain=gain)
-        )
+        refine = recipe.refine.without_norms() if plain else recipe.refine
+        sites = refine.norm_sites
+        refined = dataclasses.replace(recipe, refine=refine)
         steps: list[tuple[str, StepRun, Recipe]] = [(f"refine-{sites}", stage1_refine.run, refined)]
         if self.name == "bitdistill" and "no_pretrain" not in self.switches:
             taught = dataclasses.replace(recipe, pretrain=recipe.pretrain.taught_by(str(source)))
@@ -169,6 +161,9 @@ def run(recipe: Recipe) -> dict[str, Any]:
     if any(not m.name.startswith("fp16") for m in methods):
         check_family(source, recipe.revision_of(source))  # before hours of training that could not be used
     config = load_config(source, recipe.revision_of(source))
+    for _, step, refined in (step for m in methods for step in m.preparation(recipe)):
+        if step is stage1_refine.run:
+            check_initialisation(config.model_type, refined.refine)
     check_recipe(recipe, config, distill=distills)
     for _, step, step_recipe in (step for m in methods for step in m.preparation(recipe, source)):
         if step is stage2_pretrain.run:

@@ -16,9 +16,9 @@ from .config import Recipe
 from .errors import CheckpointError
 from .metrics import Evaluation
 from .recipe import to_dict
+from .report.study.reading import FORMAT
 from .train.loading import load_model
 
-FORMAT = 1
 CURVE_POINTS = 40
 CURVES = (
     "loss",

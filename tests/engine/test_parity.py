@@ -19,6 +19,7 @@ PROMPTS = ["the soup was", "the room seemed very", "the host"]
         ("llama", {}),
         ("llama", {"granularity": "block", "block_size": 16}),
         ("qwen3", {"norm_sites": "all"}),
+        ("qwen3", {"scale": "learned"}),
     ],
 )
 def test_small_students_are_at_parity(

@@ -66,6 +66,8 @@ def make_student(family: str, ternary: dict[str, object] | None = None, **change
         for name, parameter in student.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
+            elif name.endswith("weight_scale"):
+                parameter.mul_(torch.empty_like(parameter).uniform_(0.5, 1.5))
             elif name.endswith(".bias"):
                 parameter.normal_(std=0.3)
     return student
@@ -334,6 +336,7 @@ CHECKPOINTS = {
         {"activation_bits": 4, "skip": ["model.layers.0.*"]},
         {"tie_word_embeddings": False},
     ),
+    "qwen3_learned_block": ("qwen3", {"scale": "learned", "granularity": "block", "block_size": 20}, {}),
     "llama_all_bias": ("llama", {"norm_sites": "all"}, {"attention_bias": True, "mlp_bias": True}),
     "llama_dead_zone": ("llama", {"dead_zone_bias": 0.5}, {"attention_bias": True}),
     "llama_none_block": (

@@ -30,6 +30,12 @@ STEPS = {
     # kind: what the student is, the distillation if there is one, whether sequences are padded, selected tokens
     "full precision": (None, None, False, BATCH * (LENGTH - 1)),
     "stage 2": (SUBLN, None, False, BATCH * (LENGTH - 1)),
+    "learned scales": (
+        TernarySpec(scale="learned", granularity="block", block_size=20),
+        None,
+        False,
+        BATCH * (LENGTH - 1),
+    ),
     "task": (TernarySpec(norm_sites="none"), None, True, BATCH * LABELLED),
     "stage 3": (SUBLN, DistillConfig(), True, BATCH * LABELLED),
     "stage 3 of the authors": (TernarySpec(norm_sites="all"), AUTHORS, True, REAL_TOKENS),

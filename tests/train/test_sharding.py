@@ -19,6 +19,8 @@ EXACT = {
     "distillation, bf16": 1e-2,
     "channel": 1e-2,
     "block": 1e-2,
+    "learned, tensor": 1e-6,
+    "learned, block": 1e-6,
 }
 
 

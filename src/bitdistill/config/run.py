@@ -13,6 +13,14 @@ METHODS = ("fp16_sft", "fp16_ct_sft", "bitnet_sft", "bitdistill")
 """FP16-SFT is the teacher (``distill.teacher_method`` may say otherwise); FP16-CT-SFT the full-precision control that
 also sees the stage-2 text; BitNet-SFT the direct ternary fine-tune; BitDistill the three stages."""
 
+LABELS = {
+    "fp16_sft": "FP16-SFT",
+    "fp16_ct_sft": "FP16-CT-SFT",
+    "bitnet_sft": "BitNet-SFT",
+    "bitdistill": "BitDistill",
+}
+"""Methods as tables call them."""
+
 ABLATIONS = ("no_subln", "no_pretrain", "no_distill", "no_logits_kd", "no_relation_kd")
 """Switches written behind a method, as in ``bitdistill:no_pretrain`` or ``bitdistill:no_subln+no_distill``."""
 

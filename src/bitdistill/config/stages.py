@@ -21,12 +21,20 @@ class RefineConfig:
     """Input features per scale when granularity is ``block``."""
     activation_bits: Literal[4, 8, 16] = 8
     """Activation precision of ternary linears; 16 leaves activations alone."""
+    scale: Literal["absmean", "learned"] = "absmean"
+    """Scale of ternary weights: computed from the latents, or a parameter that starts there and is trained (LSQ)."""
+    initialisation: Literal["absmean", "gptq", "awq"] = "absmean"
+    """Where the latents start: at the model's weights, at GPTQ's, or at the weights with AWQ's scales of channels."""
+    gptq_damping: float = 0.01
+    """Added to the diagonal of GPTQ's Hessian, as a share of its mean."""
+    gptq_act_order: bool = False
+    """Let GPTQ take the columns with the largest inputs first, not from left to right."""
     dead_zone_bias: float = 0.0
     """Share of the sum of a row's zero-code weights that is added to its output (Tequila: 1e-3); 0 adds nothing."""
     skip: tuple[str, ...] = ()
     """Glob patterns of linears that stay full precision, for example ``model.layers.0.*``."""
     calibration_sequences: int = 32
-    """Corpus sequences read for ``gain = "rms"``."""
+    """Corpus sequences that ``gain = "rms"``, ``gptq`` and ``awq`` read."""
 
     def __post_init__(self) -> None:
         check(self.block_size >= 1, "refine.block_size", self.block_size, "use a whole number >= 1")
@@ -49,6 +57,31 @@ class RefineConfig:
             self.gain,
             'there is no norm to calibrate with norm_sites = "none"; set gain = "one"',
         )
+        check(self.gptq_damping >= 0, "refine.gptq_damping", self.gptq_damping, "use 0 or more")
+        if self.initialisation != "gptq":
+            check_unused(self, "refine", ("gptq_damping", "gptq_act_order"), 'set initialisation = "gptq"')
+        check(
+            not (self.gptq_act_order and self.granularity == "block"),
+            "refine.gptq_act_order",
+            self.gptq_act_order,
+            "a block's scale is fixed when its columns are reached, which then lie apart; leave it out, or set "
+            'granularity = "channel"',
+        )
+        if not self.is_calibrated:
+            remedy = 'nothing is calibrated; set gain = "rms" or an initialisation'
+            check_unused(self, "refine", ("calibration_sequences",), remedy)
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether stage 1 reads text."""
+        return self.gain == "rms" or self.initialisation != "absmean"
+
+    def without_norms(self) -> "RefineConfig":
+        """The section without SubLN, and with what would then be ignored at its default."""
+        changes: dict[str, Any] = {"norm_sites": "none", "gain": "one"}
+        if self.initialisation == "absmean":
+            changes["calibration_sequences"] = type(self).calibration_sequences
+        return replace(self, **changes)
 
 
 @dataclass(frozen=True, kw_only=True)

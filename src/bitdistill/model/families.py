@@ -33,6 +33,17 @@ class Family:
     """Ends of the paths of ternary linears that write to it: the SubLN sites of the paper."""
     norm_eps: str = "rms_norm_eps"
     """Config field whose epsilon the new norms use."""
+    input_norms: tuple[tuple[str, tuple[str, ...]], ...] = (
+        ("input_layernorm", _GATED_IN[:3]),
+        ("post_attention_layernorm", _GATED_IN[3:]),
+    )
+    """Norms of a layer whose output these linears read and nothing else does; an encoder, whose norms stand behind the
+    residual sum, has none."""
+    gain_offset: float = 0.0
+    """What those norms add to their weight: Gemma's multiply by ``1 + weight``."""
+    feeds: tuple[tuple[str, str], ...] = (("v_proj", "o_proj"), ("up_proj", "down_proj"))
+    """Pairs of linears: each output of the first reaches the second as its own inputs, times what does not depend on
+    it, where both are equally wide."""
     text_checkpoint: str = ""
     """A text-only checkpoint on the hub, to name when someone gives a multimodal one with this decoder inside."""
 
@@ -74,6 +85,8 @@ FAMILIES = (
         model_type="gemma3_text",
         config_class="Gemma3TextConfig",
         causal_lm_class="Gemma3ForCausalLM",
+        input_norms=(("input_layernorm", _GATED_IN[:3]), ("pre_feedforward_layernorm", _GATED_IN[3:])),
+        gain_offset=1.0,
         text_checkpoint="google/gemma-3-1b-pt",
     ),
     Family(
@@ -86,6 +99,8 @@ FAMILIES = (
         # With its parent's name: the pooler and the masked-LM head have a "dense" too, which stay full precision.
         linears_out=("attention.output.dense", "output.dense"),
         norm_eps="layer_norm_eps",
+        input_norms=(),
+        feeds=(),
     ),
 )
 

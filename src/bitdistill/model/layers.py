@@ -14,17 +14,21 @@ from torch.nn import functional as F
 from .quant import (
     Granularity,
     Rounding,
+    ScaleRule,
     dead_zone_bias,
     fake_quantize_activation,
     fake_quantize_weight,
+    scale_shape,
     soft_ternarize,
     ternarize,
+    weight_scale,
 )
 
 NORM_SITES = ("none", "subln", "all")
 GRANULARITIES = ("tensor", "channel", "block")
 ACTIVATION_BITS = (4, 8, 16)
 ROUNDINGS = ("divide", "multiply")
+SCALES = ("absmean", "learned")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +48,8 @@ class TernarySpec:
     """Glob patterns of linears that stay full precision."""
     rounding: Rounding = "divide"
     """How ties fall: as in the papers' formulas, or (``multiply``, of 8 bits) as in Hugging Face's BitNet."""
+    scale: ScaleRule = "absmean"
+    """``absmean``: of the latents, in every forward pass; ``learned``: a parameter beside them, trained as in LSQ."""
     dead_zone_bias: float = 0.0
     """Share of the dead weights' sum that is added to each output (``quant.dead_zone_bias``); 0 adds nothing."""
 
@@ -53,11 +59,17 @@ class TernarySpec:
             ("granularity", self.granularity, GRANULARITIES),
             ("activation_bits", self.activation_bits, ACTIVATION_BITS),
             ("rounding", self.rounding, ROUNDINGS),
+            ("scale", self.scale, SCALES),
         ):
             if value not in allowed:
                 raise ValueError(f"ternary.{name} = {value!r}: use one of {', '.join(map(str, allowed))}")
         if self.block_size < 1:
             raise ValueError(f"ternary.block_size = {self.block_size}: use a positive number of features")
+        if self.scale == "learned" and self.rounding != "divide":
+            raise ValueError(
+                "ternary.scale = 'learned': Hugging Face's BitNet (rounding = 'multiply') computes its scales; "
+                "use scale = 'absmean' with it"
+            )
         if not 0 <= self.dead_zone_bias < float("inf"):
             raise ValueError(f"ternary.dead_zone_bias = {self.dead_zone_bias!r}: use 0 or more")
         object.__setattr__(self, "skip", tuple(self.skip))
@@ -114,11 +126,22 @@ class BitLinear(nn.Linear):
         self.quant_lambda = 1.0
         self.soft_temperature = 0.0
         self.norm = SubLN(in_features, norm_eps).to(device=device) if norm_eps is not None else None
+        self.weight_scale: nn.Parameter | None = None
+        if spec.scale == "learned":
+            shape = scale_shape(out_features, in_features, spec.granularity, spec.block_size)
+            self.weight_scale = nn.Parameter(torch.empty(shape, device=device))
+            with torch.no_grad():
+                self.weight_scale.copy_(self.absmean())
+
+    def absmean(self) -> Tensor:
+        """Absmean scale of the latents as they are, where a learned scale starts; see ``weight_scale``."""
+        return weight_scale(self.weight.detach(), self.spec.granularity, self.spec.block_size)
 
     def ternarized(self) -> tuple[Tensor, Tensor]:
         """Codes ``[N, K]`` and scale of the latent weight, as the forward pass has them; see ``ternarize``."""
         spec = self.spec
-        return ternarize(self.weight.detach(), spec.granularity, spec.block_size, spec.rounding)
+        scale = None if self.weight_scale is None else self.weight_scale.detach()
+        return ternarize(self.weight.detach(), spec.granularity, spec.block_size, spec.rounding, scale)
 
     def forward(self, x: Tensor) -> Tensor:
         quant_lambda = self.quant_lambda if self.training else 1.0
@@ -132,7 +155,12 @@ class BitLinear(nn.Linear):
             weight = soft_ternarize(self.weight, self.soft_temperature, spec.granularity, spec.block_size)
             return F.linear(x, weight, bias)
         weight = fake_quantize_weight(
-            self.weight, self.spec.granularity, self.spec.block_size, quant_lambda, self.spec.rounding
+            self.weight,
+            self.spec.granularity,
+            self.spec.block_size,
+            quant_lambda,
+            self.spec.rounding,
+            self.weight_scale,
         )
         return F.linear(x, weight, bias)
 
@@ -147,4 +175,5 @@ class BitLinear(nn.Linear):
         return dead if self.bias is None else self.bias + dead
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, scale per {self.spec.granularity}, A{self.spec.activation_bits}"
+        scale = f"{self.spec.scale} scale per {self.spec.granularity}"
+        return f"{super().extra_repr()}, {scale}, A{self.spec.activation_bits}"

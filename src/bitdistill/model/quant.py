@@ -8,6 +8,8 @@ absmean weights   (b1.58, eq. 1-3)  scale = mean|W|,     code = clip(round(W / s
 absmax INT8       (b1.58, eq. 4)    scale = max|x| / 127, code = clip(round(x / scale), -128, 127)
 absmean INT4      (BitNet v2, eq. 5) scale = mean|x| / sqrt(7), code = clip(round(x / scale), -8, 7)
 
+learned weights   (LSQ, arXiv 1902.08153) scale is a parameter, code as above; gradients of eq. 3 and 5
+
 ``round`` is to nearest, ties to even: a weight of exactly half the scale becomes 0. The codes above are those of
 ``rounding = "divide"``. ``"multiply"`` is Hugging Face's BitNet to the last bit: round(x * (1 / scale)), with the
 reciprocal rounded first; the two differ in ties only.
@@ -22,10 +24,18 @@ from torch.nn import functional as F
 
 Granularity = Literal["tensor", "channel", "block"]
 Rounding = Literal["divide", "multiply"]
+ScaleRule = Literal["absmean", "learned"]
 
 # Floor of mean|W| and max|x|. The papers add an unstated epsilon; every public implementation clamps at
-# 1e-5, and an all-zero row must give zero codes rather than NaN.
+# 1e-5, and an all-zero row must give zero codes rather than NaN. A learned scale has the same floor.
 EPS = 1e-5
+
+
+def scale_shape(rows: int, columns: int, granularity: Granularity, block_size: int) -> tuple[int, int]:
+    """Shape of the scale of a ``[rows, columns]`` matrix: one for the tensor, each row, or each block of a row."""
+    if granularity == "tensor":
+        return 1, 1
+    return rows, math.ceil(columns / block_size) if granularity == "block" else 1
 
 
 def weight_scale(latent: Tensor, granularity: Granularity = "tensor", block_size: int = 128) -> Tensor:
@@ -46,14 +56,19 @@ def weight_scale(latent: Tensor, granularity: Granularity = "tensor", block_size
     if granularity == "channel":
         return magnitude.mean(dim=1, keepdim=True).clamp(min=EPS)
     if granularity == "block":
-        rows, columns = latent.shape
-        blocks = math.ceil(columns / block_size)
-        padded = F.pad(magnitude, (0, blocks * block_size - columns))
-        sums = padded.view(rows, blocks, block_size).sum(dim=2)
-        sizes = torch.full((blocks,), float(block_size), device=latent.device)
-        sizes[-1] = columns - (blocks - 1) * block_size
+        sums, sizes = _block_sums(magnitude, block_size)
         return (sums / sizes).clamp(min=EPS)
     raise ValueError(f"granularity {granularity!r} is not one of tensor, channel, block")
+
+
+def _block_sums(x: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Sums ``[N, blocks]`` of ``x`` ``[N, K]`` over the blocks of a row, and the features ``[blocks]`` in each."""
+    rows, columns = x.shape
+    blocks = math.ceil(columns / block_size)
+    padded = F.pad(x, (0, blocks * block_size - columns))
+    sizes = torch.full((blocks,), float(block_size), device=x.device)
+    sizes[-1] = columns - (blocks - 1) * block_size
+    return padded.view(rows, blocks, block_size).sum(dim=2), sizes
 
 
 def expand_scale(scale: Tensor, in_features: int, block_size: int) -> Tensor:
@@ -68,13 +83,18 @@ def ternarize(
     granularity: Granularity = "tensor",
     block_size: int = 128,
     rounding: Rounding = "divide",
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Absmean ternary codes of a weight matrix (b1.58, eq. 1-3).
+    """Ternary codes of a weight matrix (b1.58, eq. 1-3).
+
+    Args:
+        scale: a learned one, shaped as ``weight_scale`` shapes it, in place of the absmean; raised to the floor EPS
+            where it is below, so that a scale that training moved past zero flips no sign.
 
     Returns:
-        code ``[N, K]`` fp32 holding -1, 0 or +1, and the scale as ``weight_scale`` shapes it.
+        code ``[N, K]`` fp32 holding -1, 0 or +1, and the scale, fp32.
     """
-    scale = weight_scale(latent, granularity, block_size)
+    scale = weight_scale(latent, granularity, block_size) if scale is None else scale.float().clamp(min=EPS)
     if rounding == "multiply":
         factor = 1.0 / scale
         code = (latent.float() * expand_scale(factor, latent.shape[1], block_size)).round().clamp(-1, 1)
@@ -121,18 +141,53 @@ def straight_through(x: Tensor, quantized: Tensor) -> Tensor:
     return _StraightThrough.apply(x, quantized)  # type: ignore[no-any-return]
 
 
+class _LearnedStep(torch.autograd.Function):
+    """LSQ's quantiser with Q_N = Q_P = 1 (arXiv 1902.08153): eq. 1-2 forward, eq. 3 and 5 backward.
+
+    The gradient of a scale is multiplied by ``1 / sqrt(weights that share it x Q_P)`` (section 2.2), which clipping by
+    global norm sees; AdamW alone is indifferent to it. The floor of the scale lets the gradient pass, so that a
+    scale below it can come back.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, latent: Tensor, scale: Tensor, block_size: int) -> Tensor:
+        ctx.save_for_backward(latent, scale)
+        ctx.block_size = block_size
+        code, step = ternarize(latent, block_size=block_size, scale=scale)
+        return (code * expand_scale(step, latent.shape[1], block_size)).to(latent.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        latent, scale = ctx.saved_tensors
+        step = expand_scale(scale.float().clamp(min=EPS), latent.shape[1], ctx.block_size)
+        ratio = latent.float() / step
+        is_inside = ratio.abs() < 1
+        of_scale = grad.float() * torch.where(is_inside, ratio.round() - ratio, ratio.sign())
+        if scale.shape[1] > 1:
+            sums, sizes = _block_sums(of_scale, ctx.block_size)
+        else:
+            sums = of_scale.sum().reshape(1, 1) if scale.shape[0] == 1 else of_scale.sum(dim=1, keepdim=True)
+            sizes = torch.full((1,), latent.numel() / scale.numel(), device=latent.device)
+        return grad * is_inside, (sums / sizes.sqrt()).to(scale.dtype), None
+
+
 def fake_quantize_weight(
     latent: Tensor,
     granularity: Granularity = "tensor",
     block_size: int = 128,
     quant_lambda: float = 1.0,
     rounding: Rounding = "divide",
+    scale: Tensor | None = None,
 ) -> Tensor:
-    """``code * scale`` of a latent weight ``[N, K]``, straight-through, in the latent's dtype.
+    """``code * scale`` of a latent weight ``[N, K]`` in the latent's dtype: straight-through, or LSQ.
 
     ``quant_lambda`` below 1 mixes, ``(1 - lambda) * W + lambda * code * scale``: the warm-up of the
-    Hugging Face 1.58-bit recipe. At 1 the result is exactly ``code * scale``.
+    Hugging Face 1.58-bit recipe. At 1 the result is exactly ``code * scale``. A learned ``scale`` gets the gradient
+    of LSQ, and so do the latents, none where they are clipped.
     """
+    if scale is not None:
+        learned = _LearnedStep.apply(latent, scale, block_size)
+        return learned if quant_lambda == 1.0 else torch.lerp(latent, learned, quant_lambda)
     with torch.no_grad():
         code, scale = ternarize(latent, granularity, block_size, rounding)
         quantized = (code * expand_scale(scale, latent.shape[1], block_size)).to(latent.dtype)

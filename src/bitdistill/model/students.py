@@ -92,10 +92,14 @@ def _model_class(family: Family, student_config: Any, name: str) -> Any:
             install_bitlinears(self, family, spec, getattr(config, family.norm_eps))
             self.post_init()
 
-        def _init_weights(self, module: nn.Module) -> None:
-            super()._init_weights(module)
-            if isinstance(module, SubLN):
-                init.ones_(module.weight)
+        def initialize_weights(self) -> None:
+            """Not ``_init_weights``: transformers asks the decoder inside for that, which is the family's own class."""
+            super().initialize_weights()
+            for module in self.modules():
+                if isinstance(module, SubLN):
+                    init.ones_(module.weight)
+                if isinstance(module, BitLinear) and module.weight_scale is not None:
+                    init.copy_(module.weight_scale, module.absmean())
 
     return _named(Student, f"Bit{name}")
 

@@ -44,7 +44,10 @@ def collect(run_dir: Path) -> RunReport:
     if not rows:
         raise _damaged(path, "it has no method row")
     metric = _metric(meta, rows)
-    methods = [_method(path, key, row, metric) for key, row in rows.items()]
+    try:
+        methods = [method_row(key, row, metric) for key, row in rows.items()]
+    except ValueError as error:
+        raise _damaged(path, str(error)) from error
     notes: list[str] = []
     return RunReport(
         name=clean(meta.get("name") or Path(run_dir).resolve().name),
@@ -85,15 +88,20 @@ def _baselines(values: object) -> dict[str, dict[str, float]]:
     return {clean(name): _numbers(scores) for name, scores in found if isinstance(scores, dict)}
 
 
-def _method(path: Path, key: str, row: object, metric: str) -> Method:
+def method_row(key: str, row: object, metric: str) -> Method:
+    """A row as ``result.json`` and a study's records hold it.
+
+    Raises:
+        ValueError: it has another shape.
+    """
     if not isinstance(row, dict):
-        raise _damaged(path, f'"{clean(key)}" is not an object')
+        raise ValueError(f'"{clean(key)}" is not an object')
     score = row.get(metric)
     if score is not None and (isinstance(score, bool) or not isinstance(score, int | float)):
-        raise _damaged(path, f'the score of "{clean(key)}" is {clean(score)!r}, not a number')
+        raise ValueError(f'the score of "{clean(key)}" is {clean(score)!r}, not a number')
     steps, times, grid = row.get("steps") or [], row.get("time_s") or {}, row.get("grid") or {}
     if not (isinstance(steps, list) and isinstance(times, dict) and isinstance(grid, dict)):
-        raise _damaged(path, f'"steps", "time_s" or "grid" of "{clean(key)}" has another shape than expected')
+        raise ValueError(f'"steps", "time_s" or "grid" of "{clean(key)}" has another shape than expected')
     return Method(
         key=clean(key),
         label=clean(row.get("label") or key),
@@ -215,10 +223,16 @@ def _weights(files: _Files, name: str) -> Weights | None:
     value = files.json_object(name)
     if not value:
         return None
-    edges, counts = _list(value.get("edges")), _list(value.get("counts"))
+    found = weights_of(value, _list(value.get("edges")), _list(value.get("counts")))
+    if found is None:
+        files.is_damaged(name)
+    return found
+
+
+def weights_of(value: dict[str, Any], edges: list[float], counts: list[float]) -> Weights | None:
+    """A histogram with the shares beside it; None if edges and counts do not make one."""
     rises = all(left < right for left, right in pairwise(edges))
     if not (rises and len(edges) == len(counts) + 1 and min(counts, default=-1) >= 0 and sum(counts) > 0):
-        files.is_damaged(name)
         return None
     return Weights(
         edges=edges,

@@ -1,6 +1,7 @@
 """The report as one HTML page: inline CSS and SVG, no script, no network, light and dark."""
 
 import json
+from collections.abc import Sequence
 from html import escape
 
 from .plots import Chart, accuracy_chart, step_charts
@@ -63,13 +64,13 @@ def render_html(report: RunReport) -> str:
     headline = ", ".join(f"{key.lower()} {value}" for key, value in known[:4])
     optional = [table for table in (metrics_table(report), grid_table(report)) if table]
     body = [
-        f'<p class="summary">{_e(summary(report))}</p>',
+        paragraph(summary(report), "summary"),
         section(accuracy_table(report), accuracy_chart(report)),
         *map(section, optional),
         section(weights_table(report)),
         section(steps_table(report)),
         "<h2>Curves and weights</h2>",
-        f'<p class="quiet">{HISTOGRAMS}</p>',
+        paragraph(HISTOGRAMS),
         *(_step(report, step) for step in report.steps),
         "<h2>Recipe</h2>",
         details("The resolved recipe", recipe) if recipe else f"<p>{MISSING.capitalize()}.</p>",
@@ -125,6 +126,22 @@ def notes(lines: tuple[str, ...]) -> str:
     return f'<ul class="notes">{"".join(f"<li>{_e(note)}</li>" for note in lines)}</ul>\n' if lines else ""
 
 
+def paragraph(text: str, kind: str = "quiet") -> str:
+    """Text in one of the page's styles."""
+    return f'<p class="{kind}">{_e(text)}</p>'
+
+
+def gallery(charts: Sequence[Chart]) -> str:
+    """Charts side by side; nothing where there are none."""
+    return f'<div class="charts">{"".join(map(figure, charts))}</div>' if charts else ""
+
+
+def step_section(title: str, lines: Sequence[str], parts: Sequence[str]) -> str:
+    """A section of one step: its name, quiet lines, and parts that are HTML."""
+    body = [f"<section>\n<h3>{_e(title)}</h3>", *map(paragraph, filter(None, lines)), *parts, "</section>"]
+    return "\n".join(part for part in body if part)
+
+
 def figure(chart: Chart) -> str:
     """A chart with its title."""
     return f"<figure><figcaption>{_e(chart.title)}</figcaption>{chart.svg}</figure>"
@@ -144,12 +161,9 @@ def _step(report: RunReport, step: StepRecord) -> str:
         del found["loss curve"]  # surgery trains nothing
     absent = ", ".join(what for what, is_there in found.items() if not is_there)
     parts = [
-        f"<section>\n<h3>{_e(step.path)}</h3>",
-        f'<p class="quiet">{_e(" · ".join(line))}</p>',
-        f'<p class="quiet">{MISSING.capitalize()}: {absent}.</p>' if absent else "",
-        f'<div class="charts">{"".join(figure(chart) for chart in charts)}</div>' if charts else "",
+        gallery(charts),
         details("What stage 1 changed", step.surgery) if step.surgery else "",
         details("Settings and metrics", step.run) if step.run else "",
-        "</section>",
     ]
-    return "\n".join(part for part in parts if part)
+    missing = f"{MISSING.capitalize()}: {absent}." if absent else ""
+    return step_section(step.path, (" · ".join(line), missing), parts)

@@ -41,14 +41,17 @@ def escaped(value: object) -> str:
 
 def table_section(table: Table) -> str:
     """A heading, its table and its remarks."""
-    rule = ["---"] * table.num_text + ["---:"] * (len(table.header) - table.num_text)
-    lines = [table.header, tuple(rule), *(tuple(escaped(cell) for cell in row) for row in table.rows)]
-    head = [escaped(cell) for cell in lines[0]], *lines[1:]
-    text = "\n".join(f"| {' | '.join(cells)} |" for cells in head)
     notes = "\n".join(f"- {escaped(note)}" for note in table.notes)
     return f"## {escaped(table.title)}\n\n" + "\n\n".join(
-        part for part in (text if table.rows else "", notes) if part
+        part for part in (table_text(table) if table.rows else "", notes) if part
     )
+
+
+def table_text(table: Table) -> str:
+    """The table alone."""
+    rule = ["---"] * table.num_text + ["---:"] * (len(table.header) - table.num_text)
+    lines = [[escaped(cell) for cell in row] for row in (table.header, *table.rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
 
 
 def fence(text: str, language: str = "") -> str:

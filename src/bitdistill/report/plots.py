@@ -84,12 +84,12 @@ def accuracy_chart(report: RunReport) -> Chart | None:
         axes.set_xlabel(f"{report.metric}, %\n{legend}")
 
     title = f"{heading(report.metric)} by method"
-    return _draw(report.name, title, paint, height=0.8 + 0.42 * len(rows)) if rows else None
+    return draw(report.name, title, paint, height=0.8 + 0.42 * len(rows)) if rows else None
 
 
 def step_charts(step: StepRecord, parent: StepRecord | None) -> list[Chart]:
     """Losses, learning rate, code statistics during training, and the weight histogram of one step."""
-    charts = _loss_charts(step)
+    charts = loss_charts(step)
     rate = step.curve("optim/lr")
     if rate[0]:
         charts.append(compare(step.path, "Learning rate", {"": rate}, is_log=False))
@@ -98,11 +98,11 @@ def step_charts(step: StepRecord, parent: StepRecord | None) -> list[Chart]:
     if codes:
         charts.append(compare(step.path, "Codes during training", codes, is_log=False))
     if step.weights:
-        charts.append(_histogram(step, step.weights, parent.weights if parent else None))
+        charts.append(histogram(step, step.weights, parent.weights if parent else None))
     return charts
 
 
-def _loss_charts(step: StepRecord) -> list[Chart]:
+def loss_charts(step: StepRecord) -> list[Chart]:
     """The cross-entropy, or with distillation the parts of the loss, raw and weighted."""
     keys = sorted({key for line in step.log for key in line if key.startswith("loss/")})
     curves = {key.removeprefix("loss/"): step.curve(key) for key in keys}
@@ -110,13 +110,13 @@ def _loss_charts(step: StepRecord) -> list[Chart]:
     raw = {name: curve for name, curve in curves.items() if not name.endswith("_weighted")}
     weighted = {name.removesuffix("_weighted"): curves[name] for name in curves.keys() - raw.keys()}
     total = step.curve("loss")
-    if raw.keys() - {"ce"}:
-        charts = [_loss_chart(step, "Loss parts, raw", raw)]
-        if weighted:  # the weight of CE is 1
-            parts = {
-                name: weighted.get(name, curve) for name, curve in raw.items() if name in {"ce", *weighted}
-            }
-            charts.append(_loss_chart(step, "Loss parts, weighted", parts | {"total": total}))
+    charts = [_loss_chart(step, "Loss parts, raw", raw)] if raw.keys() - {"ce"} else []
+    if weighted:  # the weight of CE is 1
+        parts = {
+            name: weighted.get(name) or raw[name] for name in sorted(weighted.keys() | raw.keys() & {"ce"})
+        }
+        charts.append(_loss_chart(step, "Loss parts, weighted", parts | {"total": total}))
+    if charts:
         return charts
     if raw:
         heldout = step.curve("heldout/loss")
@@ -161,10 +161,12 @@ def compare(
         if len(curves) > 1:
             axes.figure.legend(loc="outside upper left", ncols=4, columnspacing=1.2)
 
-    return _draw(owner, title, paint)
+    return draw(owner, title, paint)
 
 
-def _histogram(step: StepRecord, after: Weights, before: Weights | None) -> Chart:
+def histogram(step: StepRecord, after: Weights, before: Weights | None) -> Chart:
+    """Latents after a step, over those before it, with the thresholds of the codes."""
+
     def paint(axes: "Axes") -> None:
         axes.stairs(_density(after), after.edges, fill=True, color=BLUE, alpha=0.6, label="after")
         if before:
@@ -181,7 +183,7 @@ def _histogram(step: StepRecord, after: Weights, before: Weights | None) -> Char
             axes.legend(loc="upper right")
 
     title = "Weights before and after" if before else "Weights after (before: not recorded)"
-    return _draw(step.path, title, paint)
+    return draw(step.path, title, paint)
 
 
 def _density(weights: Weights) -> list[float]:
@@ -190,7 +192,12 @@ def _density(weights: Weights) -> list[float]:
     return [count / total / (right - left) for left, right, count in pairs]
 
 
-def _draw(owner: str, title: str, paint: "Callable[[Axes], None]", *, height: float = 2.4) -> Chart:
+def draw(owner: str, title: str, paint: "Callable[[Axes], None]", *, height: float = 2.4) -> Chart:
+    """One chart 4 inches wide and ``height`` high; owner and title together must be unique on a page.
+
+    Raises:
+        BitDistillError: matplotlib is not installed.
+    """
     try:
         import matplotlib
         from matplotlib.figure import Figure

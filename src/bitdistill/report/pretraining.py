@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .collect import collect_pretraining
-from .html import details, document, figure, notes, section
+from .html import details, document, gallery, notes, section
 from .markdown import escaped, fence, table_section
 from .plots import Chart, Curve, compare, step_charts
 from .records import StepRecord, number
@@ -36,7 +36,7 @@ def render_pretraining(run_dir: Path) -> dict[str, str] | None:
     tables = [curves_table(steps), shares_table(steps)]
     charts = comparison_charts(steps)
     page = [
-        f'<div class="charts">{"".join(map(figure, charts))}</div>',
+        gallery(charts),
         *map(section, tables),
         "<h2>One by one</h2>",
         *(_step(step) for step in steps),
@@ -128,10 +128,8 @@ def comparison_charts(steps: list[StepRecord]) -> list[Chart]:
 
 
 def _step(step: StepRecord) -> str:
-    charts = "".join(map(figure, step_charts(step, None)))
-    return section(Table(title=step.path, header=(), rows=[])) + (
-        f'<div class="charts">{charts}</div>{details("Settings and metrics", step.run)}'
-    )
+    heading = section(Table(title=step.path, header=(), rows=[]))
+    return heading + gallery(step_charts(step, None)) + details("Settings and metrics", step.run)
 
 
 def _settings(step: StepRecord) -> dict[str, Any]:

@@ -153,12 +153,12 @@ def _times(report: RunReport, method: Method) -> str:
 def grid_table(report: RunReport) -> Table | None:
     """Validation score by learning rate, where a grid was run."""
     searched = [m for m in report.methods if m.grid]
-    rates = sorted({rate for m in searched for rate in m.grid}, key=_as_rate)
+    rates = sorted({rate for m in searched for rate in m.grid}, key=as_rate)
     if not searched:
         return None
 
     def cell(m: Method, rate: str) -> str:
-        is_chosen = m.learning_rate is not None and _as_rate(rate) == m.learning_rate
+        is_chosen = m.learning_rate is not None and as_rate(rate) == m.learning_rate
         return (percent(m.grid[rate]) if rate in m.grid else "") + (" (chosen)" if is_chosen else "")
 
     return Table(
@@ -169,7 +169,8 @@ def grid_table(report: RunReport) -> Table | None:
     )
 
 
-def _as_rate(text: str) -> float:
+def as_rate(text: str) -> float:
+    """A learning rate as a grid writes it; infinite if it is none."""
     try:
         return float(text)
     except ValueError:

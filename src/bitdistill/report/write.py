@@ -10,23 +10,40 @@ from .markdown import render_markdown
 from .pretraining import render_pretraining
 
 
-def write_report(run_dir: Path) -> tuple[Path, Path]:
-    """Write ``report.html`` and ``report.md`` into a run folder; returns both paths.
+def write_report(run_dir: Path) -> tuple[Path, ...]:
+    """Write ``report.html`` and ``report.md`` into a folder; returns both paths, the page's first.
 
-    A folder without ``result.json`` in which models were pre-trained from scratch gets a report of their curves.
+    A folder with ``result.json`` is a run. One with the records of a study gets their tables and a ``summary.json``
+    beside the report; one in which models were pre-trained from scratch, their curves.
 
     Raises:
-        CheckpointError: the folder has neither, ``result.json`` is damaged, or the folder is read-only.
+        CheckpointError: the folder is none of these, ``result.json`` or all records are damaged, a record has a format
+            of another version, or the folder is read-only.
         BitDistillError: matplotlib is not installed.
     """
     run_dir = Path(run_dir)
-    pages = None if (run_dir / RESULT_FILE).exists() else render_pretraining(run_dir)
-    if pages is None:
-        report = collect(run_dir)
-        pages = {"report.html": render_html(report), "report.md": render_markdown(report)}
-    for name, text in pages.items():
+    for name, text in (pages := _pages(run_dir)).items():
         try:
             write_text(run_dir / name, text)
         except OSError as error:
             raise CheckpointError(f"{run_dir / name}: cannot be written ({error.strerror})") from error
-    return run_dir / "report.html", run_dir / "report.md"
+    return tuple(run_dir / name for name in pages)
+
+
+def _pages(run_dir: Path) -> dict[str, str]:
+    """Texts of the report by file name."""
+    if (run_dir / RESULT_FILE).exists():
+        report = collect(run_dir)
+        return {"report.html": render_html(report), "report.md": render_markdown(report)}
+    from .study.page import render_study  # brings numpy
+
+    pages, damaged = render_study(run_dir)
+    pages = pages or render_pretraining(run_dir)
+    if pages is not None:
+        return pages
+    found = f" Files that are no usable record: {' '.join(damaged)}" if damaged else ""
+    raise CheckpointError(
+        f"{run_dir / RESULT_FILE}: no such file, and below {run_dir} is neither a model pre-trained from scratch nor a "
+        "record of a study. Give the folder of a `bitdistill run` (finish the run first), one with results of "
+        f"`bitdistill base`, or the folder above the folders of a `bitdistill sweep`'s records.{found}"
+    )

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from ..model import BitLinear
+from ..model.quant import scale_shape
 
 TERNARY_BITS = 1.6
 """Bits per ternary weight in the packed format: five trits to a byte."""
@@ -22,13 +23,17 @@ class ModelSize:
 def model_size(model: nn.Module) -> ModelSize:
     """Size with ternary matrices at 1.6 bits a weight, their scales in fp32, everything else in 16 bits.
 
-    Shared (tied) tensors count once.
+    Shared (tied) tensors count once. Scales are parameters only where they are learned.
     """
-    ternary = {id(m.weight): m for m in model.modules() if isinstance(m, BitLinear)}
+    layers = [m for m in model.modules() if isinstance(m, BitLinear)]
+    ternary = {id(m.weight): m for m in layers}
+    scales = {id(m.weight_scale) for m in layers if m.weight_scale is not None}
     parameters = ternary_parameters = 0
     size = 0.0
     for parameter in model.parameters():
         parameters += parameter.numel()
+        if id(parameter) in scales:
+            continue
         layer = ternary.get(id(parameter))
         if layer is None:
             size += 2 * parameter.numel()
@@ -41,8 +46,5 @@ def model_size(model: nn.Module) -> ModelSize:
 
 
 def _num_scales(layer: BitLinear) -> int:
-    if layer.spec.granularity == "tensor":
-        return 1
-    if layer.spec.granularity == "channel":
-        return layer.out_features
-    return layer.out_features * -(-layer.in_features // layer.spec.block_size)
+    shape = scale_shape(layer.out_features, layer.in_features, layer.spec.granularity, layer.spec.block_size)
+    return shape[0] * shape[1]

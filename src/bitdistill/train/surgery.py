@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
 from ..model import STUDENT_CLASSES, BitLinear, Family, TernarySpec, ends_in, student_class
+from .calibration import calibrate_gains
+from .initialisation import Findings
 from .loading import convertible_family, keep_pooler
 from .size import ModelSize, model_size
 
@@ -31,6 +32,8 @@ class SurgeryReport:
     """Path and reason of every linear that stays full precision."""
     before: ModelSize
     after: ModelSize
+    findings: Findings | None = None
+    """What calibration measured; None where none was."""
 
     def __str__(self) -> str:
         norms = sum(norm for _, _, norm in self.replaced)
@@ -39,10 +42,13 @@ class SurgeryReport:
             f"{len(self.skipped)} linears left in full precision",
         ]
         lines += [
-            f"  {path:<44} {rows} x {columns}{'  + SubLN' if norm else ''}"
+            f"  {path:<44} {rows} x {columns}{'  + SubLN' if norm else ''}{self._error(path)}"
             for path, (rows, columns), norm in self.replaced
         ]
         lines += [f"  {path:<44} kept: {reason}" for path, reason in self.skipped]
+        if self.findings is not None:
+            lines += [f"  {note}" for note in self.findings.notes]
+            lines.append("error: ||(W_q - W) X|| / ||W X|| on the calibration text")
         share = self.after.ternary_parameters / self.after.parameters
         lines += [
             f"parameters {self.before.parameters:,} -> {self.after.parameters:,} ({share:.1%} ternary)",
@@ -50,6 +56,14 @@ class SurgeryReport:
             f"({self.before.bytes / self.after.bytes:.2f}x smaller; 16-bit before; 1.6 bits a ternary weight after)",
         ]
         return "\n".join(lines)
+
+    def _error(self, path: str) -> str:
+        """The relative output error of one linear, as the table has it."""
+        if self.findings is None:
+            return ""
+        absmean, chosen = self.findings.errors[path]
+        name = self.findings.initialisation
+        return f"  error {absmean:.4f}" + (f" -> {chosen:.4f} ({name})" if name != "absmean" else "")
 
 
 def refine(
@@ -72,7 +86,7 @@ def refine(
     _check_sites(model, family, spec)
     student = _make_student(model, family, spec)
     if calibration is not None:
-        _calibrate_gains(model, student, calibration)
+        calibrate_gains(model, student, calibration)
     return student, _report(model, student, family, spec)
 
 
@@ -108,51 +122,20 @@ def _make_student(model: PreTrainedModel, family: Family, spec: TernarySpec) -> 
         raise SurgeryError(str(error)) from error
     keep_pooler(student, model)
     result = student.load_state_dict(model.state_dict(), strict=False)
-    lost = [*result.unexpected_keys, *(k for k in result.missing_keys if not k.endswith(".norm.weight"))]
+    new = (".norm.weight", ".weight_scale")
+    lost = [*result.unexpected_keys, *(k for k in result.missing_keys if not k.endswith(new))]
     if lost:
         raise SurgeryError(
             f"{type(model).__name__} holds tensors that {model_class.__name__} has no place for, or lacks "
             f"some it needs: {', '.join(lost[:4])}. Nothing was converted."
         )
+    for module in student.modules():
+        if isinstance(module, BitLinear) and module.weight_scale is not None:
+            module.weight_scale.data.copy_(module.absmean())
     student.tie_weights()
     if model.can_generate():
         student.generation_config = model.generation_config
     return student.eval()
-
-
-@torch.no_grad()
-def _calibrate_gains(
-    model: PreTrainedModel, student: PreTrainedModel, calibration: Iterable[dict[str, Tensor]]
-) -> None:
-    """Set every SubLN gain to the mean over tokens of the RMS of its input in the full-precision model."""
-    sums: dict[str, float] = {}
-    counts: dict[str, float] = {}
-    mask = torch.empty(0)
-    sites = [n for n, m in student.named_modules() if isinstance(m, BitLinear) and m.norm is not None]
-
-    def hook(name: str) -> Any:
-        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            del module
-            rms = args[0].float().pow(2).mean(dim=-1).sqrt() * mask
-            sums[name] = sums.get(name, 0.0) + float(rms.sum())
-            counts[name] = counts.get(name, 0.0) + float(mask.sum())
-
-        return record
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in sites]
-    model.eval()
-    try:
-        for batch in calibration:
-            batch = {key: value.to(model.device) for key, value in batch.items()}
-            mask = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).float()
-            model(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask"))
-    finally:
-        for handle in handles:
-            handle.remove()
-    if not sums:
-        raise SurgeryError("no calibration batch was given for gain = 'rms'; give text or use gain = 'one'")
-    for name in sites:
-        student.get_submodule(name).norm.weight.fill_(sums[name] / counts[name])
 
 
 def _report(

@@ -5,17 +5,15 @@ What is ours: the objective's loss and its totals over an optimizer step, schedu
 the step, whatever the processes, and a saved checkpoint that is the student alone.
 """
 
-import json
 import logging
 import math
-import zipfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments, set_seed
 from transformers.utils import logging as hf_logging
@@ -32,9 +30,13 @@ from .callbacks import CodeStatistics, MetricsFile, ProgressBar, StepSchedules
 from .heldout import HeldoutLoss
 from .objective import Objective, autocast_dtype
 from .parameter_groups import group_factors, split_latents
-from .sharding import GATHER_FP32, holds_shards, load_optimizer, load_weights, whole
+from .resume import resume_point_of, steps_done
+from .sharding import GATHER_FP32, load_optimizer, load_weights, whole
 
 logger = logging.getLogger(__name__)
+
+SHORT_SEQUENCE = 128
+"""Longest sequence up to which attention on a CPU is computed without the fused kernel; at 256 neither is faster."""
 
 OPTIONS = ("quant_warmup_form", "freeze_codes_ratio", "freeze_codes_lr", "ema_decay")
 """Keys that a step's record holds only where they are not at their defaults: a step made before there was such a key is
@@ -98,6 +100,10 @@ class StudentTrainer(Trainer):
             lengths=self.lengths,
             numbered=isinstance(self.train_dataset, MaskedSequences),
         )
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """Trainer's, without learned scales: a scale decays no weight, it moves all thresholds of its matrix."""
+        return [n for n in super().get_decay_parameter_names(model) if not n.endswith(".weight_scale")]
 
     def create_optimizer(self, model: torch.nn.Module | None = None) -> torch.optim.Optimizer:
         """Trainer's, whose group of norms and biases has no weight decay and is marked to stay that way."""
@@ -256,6 +262,7 @@ def fit(
             "%s keeps its global batch of %d sequences: %d processes, %d micro-batches of %d on each",
             title, batch.size, batch.processes, batch.accumulation, batch.batch_size,
         )  # fmt: skip
+    _check_soft(objective.student, config)
     hf_logging.set_verbosity_error()
     set_seed(seed)
     trainer_dir = work_dir / "trainer"
@@ -311,14 +318,15 @@ def fit(
     bar = ProgressBar(title)
     trainer.add_callback(bar)
     objective.student.config.use_cache = False
-    resume_point = _resume_point(trainer_dir)
+    resume_point = resume_point_of(trainer_dir)
     try:
-        if resume_point is not None and _steps_done(resume_point) >= steps:
+        if resume_point is not None and steps_done(resume_point) >= steps:
             # Stopped between the last step and the end of this function. Trainer would take one step more.
             trainer._load_from_checkpoint(resume_point)
             metrics_file.reopen(steps, is_writer=trainer.is_world_process_zero())
         else:
-            trainer.train(resume_from_checkpoint=resume_point)
+            with _attention(args, lengths):
+                trainer.train(resume_from_checkpoint=resume_point)
     finally:
         bar.progress.stop()  # a live bar hides the cursor
     objective.student.config.use_cache = True
@@ -331,6 +339,23 @@ def fit(
             f"Lower the learning rate (now {config.learning_rate:g}) and delete {work_dir} to train it again"
         )
     return metrics_file.summary()
+
+
+def _check_soft(student: torch.nn.Module, config: TrainingConfig) -> None:
+    if config.quant_warmup_form == "soft" and any(
+        n.endswith(".weight_scale") for n, _ in student.named_parameters()
+    ):
+        raise TrainingError(
+            'quant_warmup_form = "soft" holds scales constant, and this student learns its own: set '
+            'quant_warmup_form = "mix", or refine with scale = "absmean"'
+        )
+
+
+def _attention(args: TrainingArguments, lengths: list[int] | None) -> AbstractContextManager:
+    """On a CPU the backward pass of fused attention costs short sequences a quarter of a step: plain products there."""
+    if args.use_cpu and lengths and max(lengths) <= SHORT_SEQUENCE:
+        return sdpa_kernel(SDPBackend.MATH)
+    return nullcontext()
 
 
 def processes_to_keep(recipe: Recipe, output_dir: Path) -> int:
@@ -364,35 +389,3 @@ def steps_for_epochs(config: TrainingConfig, epochs: float, examples: int, proce
 def _steps(config: TrainingConfig, sequences: int, processes: int) -> int:
     per_step = config.batch_size * config.gradient_accumulation_steps * processes
     return max(1, math.ceil(sequences / per_step))
-
-
-def _resume_point(trainer_dir: Path) -> str | None:
-    """The last checkpoint that was written to its end and can be opened.
-
-    An incomplete one stays where it is: training comes past its step again and writes over it.
-    """
-    checkpoints = sorted(trainer_dir.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    for path in reversed(checkpoints):
-        if _is_whole(path):
-            return str(path)
-        logger.warning("%s is incomplete (killed while saving?); using an earlier one", path)
-    return None
-
-
-def _is_whole(checkpoint: Path) -> bool:
-    """Whether state, weights and optimizer can be opened."""
-    try:
-        _steps_done(str(checkpoint))
-        if holds_shards(checkpoint):
-            return True
-        with safe_open(checkpoint / "model.safetensors", framework="pt"):
-            pass
-    except (OSError, ValueError, KeyError, SafetensorError):
-        return False
-    return zipfile.is_zipfile(checkpoint / "optimizer.pt")
-
-
-def _steps_done(checkpoint: str) -> int:
-    """Optimizer steps that a Trainer checkpoint has behind it."""
-    state = json.loads((Path(checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-    return int(state["global_step"])

@@ -30,8 +30,12 @@ def _sites(model: nn.Module) -> dict[str, nn.Linear]:
 def _quantized(module: nn.Linear) -> tuple[Tensor, Tensor]:
     """Codes and latent / scale of one linear, ``[N, K]`` each; whole where FSDP2 shards it, one matrix at a time."""
     latent = whole(module.weight.detach())
-    spec = module.spec if isinstance(module, BitLinear) else TernarySpec()
-    code, scale = ternarize(latent, spec.granularity, spec.block_size, spec.rounding)
+    spec, learned = TernarySpec(), None
+    if isinstance(module, BitLinear):
+        spec, learned = module.spec, module.weight_scale
+    if learned is not None:
+        learned = whole(learned.detach())
+    code, scale = ternarize(latent, spec.granularity, spec.block_size, spec.rounding, learned)
     block_size = spec.block_size
     return code, latent.float() / expand_scale(scale, latent.shape[1], block_size)
 

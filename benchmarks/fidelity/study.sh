@@ -1,0 +1,110 @@
+#!/usr/bin/env bash
+# Every run of docs/fidelity.md, resumable: a run that has its record here is not made again. Start it once more on
+# another core (or machine that shares the folders) and the two share the runs. Needs data/ (benchmarks/real_input).
+#
+#   bash benchmarks/fidelity/study.sh [SECTION ...]     sections: main stages relation logits sites schedules quantisers ideas
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+records=benchmarks/fidelity
+small=benchmarks/bases/qwen3_1.5m
+large=benchmarks/bases/qwen3_5m
+
+study() { # RECIPE NAME TITLE OPTIONS...
+  local recipe=$1 name=$2 title=$3
+  shift 3
+  bitdistill sweep "recipes/fidelity/$recipe.toml" --name "$name" --title "$title" --records "$records" "$@"
+}
+
+# A screen: MNLI on the smaller base, one seed, one epoch, a third of stage 2, one learning rate, judged on the held-out part
+# of the training data. The first point is the reference.
+screen() { # NAME TITLE OPTIONS...
+  study mnli "$1" "$2" --set run.judged_on=validation --set run.learning_rates=[] \
+    --set sft.learning_rate=6e-4 --set distill.learning_rate=6e-4 --set sft.epochs=1 --set distill.epochs=1 \
+    --set pretrain.tokens=1_000_000 --set 'run.methods=["bitdistill"]' "${@:3}"
+}
+
+main() {
+  for base in "$small" "$large"; do
+    for task in mnli qnli sst2; do
+      study "$task" main "The four methods" --seeds 3 --tune-once --set model.source="$base"
+    done
+  done
+}
+
+stages() {
+  screen stages "Stages and losses: what each adds (the paper's tables 5 and 6)" --seeds 3 --set \
+    'run.methods=["bitnet_sft", "bitdistill:no_pretrain+no_distill", "bitdistill:no_distill", "bitdistill:no_pretrain", "bitdistill:no_relation_kd", "bitdistill:no_logits_kd", "bitdistill"]'
+}
+
+relation() {
+  screen relation "The relation loss: form, weight, states, mask, heads, layer" \
+    --point "" \
+    --point "distill.gamma_relation=10" \
+    --point "distill.gamma_relation=100" \
+    --point "distill.gamma_relation=100000" \
+    --point "distill.relation_form=cosine" \
+    --point "distill.relation_form=cosine distill.gamma_relation=3125 distill.relation_heads=32" \
+    --point "distill.relation_states=pre_rope" \
+    --point "distill.relation_mask=causal" \
+    --point "distill.relation_mask=none" \
+    --point "distill.relation_heads=8" \
+    --point "distill.relation_heads=32" \
+    --point "distill.relation_layers=[0]" \
+    --point "distill.relation_layers=[1]" \
+    --point "distill.relation_layers=[2]" \
+    --point "distill.relation_layers=[0,1,2,3]"
+}
+
+logits() {
+  screen logits "The logits KD: weight, temperature, tau squared, tokens, teacher" \
+    --point "" \
+    --point "distill.temperature=1" \
+    --point "distill.temperature=2" \
+    --point "distill.lambda_logits=10" \
+    --point "distill.lambda_logits=10 distill.temperature=1" \
+    --point "distill.tau_squared=true" \
+    --point "distill.kd_tokens=all" \
+    --point "distill.kd_tokens=all distill.temperature=1" \
+    --point "distill.teacher_method=fp16_ct_sft"
+}
+
+sites() { # each has a stage 2 of its own
+  screen sites "Norm sites, gains, and quantisation phased in" \
+    --point "" \
+    --point "refine.norm_sites=none" \
+    --point "refine.norm_sites=all" \
+    --point "refine.gain=rms" \
+    --point "refine.norm_sites=all refine.gain=rms" \
+    --point "pretrain.quant_warmup_ratio=0.3" \
+    --point "pretrain.quant_warmup_ratio=0.8"
+}
+
+schedules() {
+  screen schedules "Learning rates and weight decay of stages 2 and 3" \
+    --point "" \
+    --point "pretrain.learning_rate=3e-3" \
+    --point "pretrain.schedule=two_stage pretrain.weight_decay=0.1 pretrain.weight_decay_schedule=half_then_zero" \
+    --point "pretrain.learning_rate=3e-3 pretrain.schedule=two_stage pretrain.weight_decay=0.1 pretrain.weight_decay_schedule=half_then_zero" \
+    --point "distill.schedule=linear" \
+    --point "distill.weight_decay=0.1" \
+    --point "distill.weight_decay=0" \
+    --point "distill.learning_rate=2e-3" \
+    --point "distill.learning_rate=2e-4"
+}
+
+quantisers() { # the paper's table 4, by the published algorithms; each has a stage 2 of its own
+  screen quantisers "Weight quantisers: initialisation, granularity and scale rule" \
+    --point "" \
+    --point "refine.granularity=channel" \
+    --point "refine.granularity=block refine.block_size=64" \
+    --point "refine.scale=learned" \
+    --point "refine.scale=learned refine.granularity=channel" \
+    --point "refine.initialisation=gptq" \
+    --point "refine.initialisation=gptq refine.scale=learned" \
+    --point "refine.initialisation=awq" \
+    --point "refine.initialisation=awq refine.scale=learned"
+}
+
+for section in "${@:-main}"; do
+  "$section"
+done

@@ -1,0 +1,1 @@
+"""Reports of studies: a folder of records, one for each finished run of ``bitdistill sweep``."""
