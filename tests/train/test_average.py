@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from pair import STOPPED, stopped_at
+from safetensors.torch import load_file
 from training import train
 
 from bitdistill.config import TrainingConfig
@@ -29,9 +30,12 @@ def ternary(make_model):
 
 
 def test_the_end_is_the_weighted_mean_of_every_steps_weights(make_model, tokenizer, tmp_path):
-    """Trainings of one, two, three steps end with the weights that a longer one passes."""
-    passed = [train(ternary(make_model), tokenizer, tmp_path / str(n), steps=n) for n in (1, 2, 3)]
-    found = train(ternary(make_model), tokenizer, tmp_path / "average", steps=3, ema_decay=0.75)
+    """Checkpoints hold the weights that training passes; the last two are kept, the first is trained anew."""
+    first = train(ternary(make_model), tokenizer, tmp_path / "first", steps=1)
+    folder = tmp_path / "average"
+    found = train(ternary(make_model), tokenizer, folder, steps=3, ema_decay=0.75, save_every=1)
+    files = [folder / "trainer" / f"checkpoint-{n}" / "model.safetensors" for n in (2, 3)]
+    passed = [first, *map(load_file, files)]
     for name, average in found.items():
         expected = sum(0.75 ** (2 - i) * w[name].double() for i, w in enumerate(passed)) / (0.5625 + 0.75 + 1)
         torch.testing.assert_close(average.double(), expected, rtol=1e-6, atol=1e-7, msg=name)

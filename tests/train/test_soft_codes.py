@@ -11,7 +11,7 @@ from training import train
 
 from bitdistill.config import TrainingConfig
 from bitdistill.model import BitLinear, TernarySpec
-from bitdistill.model.quant import soft_ternarize, ternarize
+from bitdistill.model.quant import soft_ternarize, ternarize, weight_scale
 from bitdistill.plan.memory import TrainingStep, step_memory
 from bitdistill.plan.models import Blueprint, config_text
 from bitdistill.train.schedule import HARDEST, SOFTEST, soft_temperature_at
@@ -44,6 +44,24 @@ def test_values_and_gradients_are_those_of_the_softmax(granularity, temperature)
     found = soft_ternarize(latent, temperature, granularity, 5)
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(latent.grad.double(), wide.grad, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])
+def test_a_learned_scale_has_its_true_gradient_times_the_factor_of_lsq(granularity):
+    latent = torch.randn(6, 10, requires_grad=True)
+    scale = (weight_scale(latent.detach(), granularity, 5) * 1.3).requires_grad_()
+    upstream = torch.randn(6, 10)
+    found = soft_ternarize(latent, 0.5, granularity, 5, scale)
+    found.backward(upstream)
+    w, s = (x.detach().double().requires_grad_() for x in (latent, scale))
+    step = s.repeat_interleave(5, dim=1) if granularity == "block" else s
+    p = torch.stack([-((w / step - code) ** 2) / 0.5 for code in (-1, 0, 1)]).softmax(0)
+    expected = step * (p[2] - p[0])
+    expected.backward(upstream.double())
+    shared = 60 // scale.numel()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(latent.grad.double(), w.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(scale.grad.double(), s.grad / shared**0.5, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("granularity", ["tensor", "channel", "block"])

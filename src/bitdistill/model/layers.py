@@ -152,7 +152,9 @@ class BitLinear(nn.Linear):
         bias = self._bias(quant_lambda)
         if self.training and self.soft_temperature > 0:
             spec = self.spec
-            weight = soft_ternarize(self.weight, self.soft_temperature, spec.granularity, spec.block_size)
+            weight = soft_ternarize(
+                self.weight, self.soft_temperature, spec.granularity, spec.block_size, self.weight_scale
+            )
             return F.linear(x, weight, bias)
         weight = fake_quantize_weight(
             self.weight,

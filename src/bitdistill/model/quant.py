@@ -223,18 +223,27 @@ class _SoftCodes(torch.autograd.Function):
 
 
 def soft_ternarize(
-    latent: Tensor, temperature: float, granularity: Granularity = "tensor", block_size: int = 128
+    latent: Tensor,
+    temperature: float,
+    granularity: Granularity = "tensor",
+    block_size: int = 128,
+    scale: Tensor | None = None,
 ) -> Tensor:
     """Soft ternary weights ``[N, K]`` of a latent ``[N, K]``, in its dtype (Hestia, arXiv 2601.20745).
 
         scale * sum_c c p_c,   p = softmax(-(w / scale - c)^2 / T) over the codes c = -1, 0, 1
 
     The gradient is the true one with the scale held constant, ``2 / T`` times the variance of the code. Towards T = 0
-    the weights are those of ``ternarize``.
+    the weights are those of ``ternarize``. A learned ``scale`` gets its true gradient, times LSQ's factor.
     """
-    with torch.no_grad():
-        scale = expand_scale(weight_scale(latent, granularity, block_size), latent.shape[1], block_size)
-    soft = _SoftCodes.apply(latent.float() / scale, temperature) * scale
+    if scale is None:
+        with torch.no_grad():
+            step = weight_scale(latent, granularity, block_size)
+    else:
+        factor = math.sqrt(scale.numel() / latent.numel())
+        step = straight_through(scale.float() * factor, scale.detach().float().clamp(min=EPS))
+    step = expand_scale(step, latent.shape[1], block_size)
+    soft = _SoftCodes.apply(latent.float() / step, temperature) * step
     return soft.to(latent.dtype)  # type: ignore[no-any-return]
 
 

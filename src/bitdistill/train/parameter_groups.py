@@ -1,6 +1,7 @@
 """Latents of ternary weights as a parameter group of their own, which a tail of the training leaves where they are.
 
-Latents that do not move keep their codes and their absmean scale. They stay parameters with a gradient, so that DDP and
+Latents that do not move keep their codes and their absmean scale. A learned scale stays with them: a code is its latent
+over the scale, rounded, and would not survive the scale's moves. Both stay parameters with a gradient, so that DDP and
 FSDP2 see in every step what they saw in the first; the gradient counts in ``max_grad_norm``.
 """
 
@@ -15,8 +16,9 @@ from .schedule import codes_are_frozen, learning_rate_factor
 
 
 def split_latents(optimizer: Optimizer, model: nn.Module) -> None:
-    """Move the latents of ``model`` from their groups to ones behind all others, which have the key ``latents``."""
-    latents = {id(module.weight) for module in model.modules() if isinstance(module, BitLinear)}
+    """Move latents and learned scales from their groups to ones behind all others, which have the key ``latents``."""
+    layers = [module for module in model.modules() if isinstance(module, BitLinear)]
+    latents = {id(p) for layer in layers for p in (layer.weight, layer.weight_scale)}
     for group in list(optimizer.param_groups):
         own = [p for p in group["params"] if id(p) in latents]
         if own:
