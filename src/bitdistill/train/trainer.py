@@ -262,7 +262,6 @@ def fit(
             "%s keeps its global batch of %d sequences: %d processes, %d micro-batches of %d on each",
             title, batch.size, batch.processes, batch.accumulation, batch.batch_size,
         )  # fmt: skip
-    _check_soft(objective.student, config)
     hf_logging.set_verbosity_error()
     set_seed(seed)
     trainer_dir = work_dir / "trainer"
@@ -339,16 +338,6 @@ def fit(
             f"Lower the learning rate (now {config.learning_rate:g}) and delete {work_dir} to train it again"
         )
     return metrics_file.summary()
-
-
-def _check_soft(student: torch.nn.Module, config: TrainingConfig) -> None:
-    if config.quant_warmup_form == "soft" and any(
-        n.endswith(".weight_scale") for n, _ in student.named_parameters()
-    ):
-        raise TrainingError(
-            'quant_warmup_form = "soft" holds scales constant, and this student learns its own: set '
-            'quant_warmup_form = "mix", or refine with scale = "absmean"'
-        )
 
 
 def _attention(args: TrainingArguments, lengths: list[int] | None) -> AbstractContextManager:
