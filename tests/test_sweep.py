@@ -1,5 +1,6 @@
 """A sweep: a run and a record for every point, shared steps made once, what is finished left alone."""
 
+import copy
 import json
 import statistics
 import subprocess
@@ -14,8 +15,8 @@ from bitdistill.checkpoint import read_run
 from bitdistill.config import RunConfig
 from bitdistill.errors import ConfigError
 from bitdistill.locks import locked
-from bitdistill.recipe import split_grid
-from bitdistill.sweep import points
+from bitdistill.recipe import build_recipe, split_grid, to_dict
+from bitdistill.sweep import changes, points
 
 PREFIX = "jsonl_qwen3_"
 METHODS = 'run.methods=["fp16_sft", "bitdistill"]'
@@ -243,6 +244,17 @@ def test_a_grid_is_split_at_commas_outside_brackets_and_quotes(text, expected):
 def test_a_grid_without_key_or_value_is_refused(text):
     with pytest.raises(ConfigError, match="write section"):
         split_grid(text)
+
+
+def test_a_record_from_before_an_option_is_of_the_same_recipe_while_the_option_is_off():
+    """Of options that came or went, and of one whose value differs."""
+    recipe = to_dict(build_recipe({"name": "x", "sft": {"epochs": 3}}))
+    older = copy.deepcopy(recipe)
+    del older["sft"]["schedule"], older["refine"]
+    older["distill"]["gone"] = 1
+    assert changes(older, recipe | {"name": "y", "output_dir": "elsewhere"}) == []
+    now = to_dict(build_recipe({"name": "x", "sft": {"epochs": 2, "schedule": "linear"}}))
+    assert [text.split(":")[0] for text in changes(older, now)] == ["sft.epochs", "sft.schedule"]
 
 
 def test_points_are_all_combinations_seed_by_seed():

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from . import pipeline
-from .checkpoint import differences, digest_of, write_json
+from .checkpoint import digest_of, write_json
 from .config import Recipe
 from .errors import CheckpointError, TrainingError
 from .locks import locked
 from .processes import from_main_process, num_processes, on_main_process
-from .recipe import to_dict
+from .recipe import build_recipe, to_dict
 from .study_record import failure_record, read_record, study_record
 
 logger = logging.getLogger(__name__)
@@ -128,9 +128,7 @@ class Sweep:
             path = self.path(recipe)
             if not path.is_file():
                 continue
-            changed = sorted(
-                differences(_decisive(read_record(path)["meta"]["recipe"]), _decisive(to_dict(recipe)))
-            )
+            changed = changes(read_record(path)["meta"]["recipe"], to_dict(recipe))
             if changed:
                 raise CheckpointError(
                     f"{path} is the record of another recipe ({'; '.join(changed)}). Nothing was changed. Give the "
@@ -179,7 +177,22 @@ def chosen_rates(record: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"{key}={row['learning_rate']:g}" for key, row in record["rows"].items())
 
 
-def _decisive(recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """A recipe without what changes no result: where its files are, and rates that another run chose."""
-    rest = {key: value for key, value in recipe.items() if key not in ("name", "output_dir", "steps_dir")}
-    return rest | {"run": {key: value for key, value in recipe["run"].items() if key != "method_rates"}}
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What decides a run's result and differs between two recipes, as ``to_dict`` gives them.
+
+    Not where its files are, nor rates that another run chose. A key that the earlier one does not know yet counts
+    where it is not at its default; one that there is no more says nothing.
+    """
+    defaults = _flat(to_dict(build_recipe({"name": "any"})))
+    old, new = _flat(before), _flat(now)
+    where = ("name", "output_dir", "steps_dir", "run.method_rates")
+    keys = [key for key in new if key not in where and old.get(key, defaults.get(key)) != new[key]]
+    return [f"{key}: {old.get(key, 'not known')!r} there, {new[key]!r} now" for key in sorted(keys)]
+
+
+def _flat(recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Values by dotted key."""
+    flat: dict[str, Any] = {}
+    for key, value in recipe.items():
+        flat |= {f"{key}.{name}": v for name, v in value.items()} if isinstance(value, dict) else {key: value}
+    return flat
