@@ -75,6 +75,8 @@ def test_the_first_seed_chooses_the_learning_rate_for_the_second(swept):
         for method in first:
             grid = first[method]["grid"]
             assert set(grid) == {"0.001", "0.01"} and "grid" not in second[method]
+            assert first[method]["validation_accuracy"] == max(grid.values())
+            assert "validation_accuracy" not in second[method]  # there was nothing left to choose
             assert float(max(grid, key=grid.get)) == first[method]["learning_rate"]
             assert second[method]["learning_rate"] == first[method]["learning_rate"]
 

@@ -2,7 +2,7 @@
 # Every run of docs/fidelity.md, resumable: a run that has its record here is not made again. Start it once more on
 # another core (or machine that shares the folders) and the two share the runs. Needs data/ (benchmarks/real_input).
 #
-#   bash benchmarks/fidelity/study.sh [SECTION ...]     sections: main stages relation logits sites schedules quantisers ideas
+#   bash benchmarks/fidelity/study.sh [SECTION ...]     sections: main stages relation logits sites schedules quantisers ideas teacher
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 records=benchmarks/fidelity
@@ -15,10 +15,10 @@ study() { # RECIPE NAME TITLE OPTIONS...
   bitdistill sweep "recipes/fidelity/$recipe.toml" --name "$name" --title "$title" --records "$records" "$@"
 }
 
-# A screen: MNLI on the smaller base, one seed, one epoch, a third of stage 2, one learning rate, judged on the held-out part
-# of the training data. The first point is the reference.
+# A screen: SST-2, the task with most room above its commonest class, on the smaller base: one seed, one epoch, a third of
+# stage 2, one learning rate, judged on the held-out part of the training data. The first point is the reference.
 screen() { # NAME TITLE OPTIONS...
-  study mnli "$1" "$2" --set run.judged_on=validation --set run.learning_rates=[] \
+  study sst2 "$1" "$2" --set run.judged_on=validation --set run.learning_rates=[] \
     --set sft.learning_rate=6e-4 --set distill.learning_rate=6e-4 --set sft.epochs=1 --set distill.epochs=1 \
     --set pretrain.tokens=1_000_000 --set 'run.methods=["bitdistill"]' "${@:3}"
 }
@@ -103,6 +103,32 @@ quantisers() { # the paper's table 4, by the published algorithms; each has a st
     --point "refine.initialisation=gptq refine.scale=learned" \
     --point "refine.initialisation=awq" \
     --point "refine.initialisation=awq refine.scale=learned"
+}
+
+ideas() { # beyond the papers; those that change stage 2 have one of their own
+  screen ideas "Ideas beyond the papers, at equal steps" \
+    --point "" \
+    --point "pretrain.lambda_logits=1" \
+    --point "pretrain.lambda_logits=1 pretrain.temperature=2" \
+    --point "pretrain.quant_warmup_ratio=0.5 pretrain.quant_warmup_form=soft" \
+    --point "refine.dead_zone_bias=1e-3" \
+    --point "pretrain.ema_decay=0.99" \
+    --point "distill.ema_decay=0.99" \
+    --point "pretrain.freeze_codes_ratio=0.3" \
+    --point "distill.freeze_codes_ratio=0.3" \
+    --point "distill.freeze_codes_ratio=0.3 distill.freeze_codes_lr=0.1" \
+    --point "distill.quant_warmup_ratio=0.3"
+}
+
+teacher() { # the larger base, fine-tuned, teaches the smaller one
+  study sst2 larger-teacher "The larger teacher" --set model.source="$large" --set run.judged_on=validation \
+    --set run.learning_rates=[] --set sft.learning_rate=6e-4 --set 'run.methods=["fp16_sft"]'
+  local larger=runs/fidelity/larger-teacher/sst2_qwen3_5m_as-it-is_s0/fp16_sft
+  screen teacher "A larger teacher" \
+    --point "" \
+    --point "distill.relation_heads=8" \
+    --point "distill.relation_heads=8 distill.teacher=$larger" \
+    --point "distill.relation_heads=8 distill.temperature=1 distill.teacher=$larger"
 }
 
 for section in "${@:-main}"; do

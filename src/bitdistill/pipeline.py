@@ -231,11 +231,14 @@ def _run_method(
         checkpoint = step(step_recipe, checkpoint, recipe.run_dir / folder)
         steps.append(folder)
     prepared = checkpoint
+    grid = method.grid(recipe)
+    chosen_before = bool(recipe.run.method_rates) and len(grid) == 1
     candidates = []
-    for rate, folder in method.grid(recipe):
+    for rate, folder in grid:
         step, step_recipe = method.fine_tune(recipe, rate, teacher)
         tuned = step(step_recipe, prepared, recipe.run_dir / folder)
-        candidates.append((evaluate_step(recipe, task, tuned, "validation").value, rate, folder, tuned))
+        validation = 0.0 if chosen_before else evaluate_step(recipe, task, tuned, "validation").value
+        candidates.append((validation, rate, folder, tuned))
     # The first of equals wins, so the order of the grid decides ties.
     validation, rate, folder, tuned = max(candidates, key=lambda c: c[0])
     found = evaluate_step(recipe, task, tuned, recipe.run.judged_on)
@@ -250,12 +253,13 @@ def _run_method(
         "bytes": size.bytes,
         "parameters": size.parameters,
         "learning_rate": training["learning_rate"],
-        f"validation_{found.metric}": validation,
         "steps": steps,
         "time_s": {name: step_seconds(record) for name, record in records.items()},
     }
     if found.others:
         row["metrics"] = scores_as_dict(found.others)
+    if not chosen_before:
+        row[f"validation_{found.metric}"] = validation
     if len(candidates) > 1:
         row["grid"] = {f"{lr:g}": value for value, lr, _, _ in candidates}
         row["tried"] = [tried for _, _, tried, _ in candidates]
