@@ -4,7 +4,7 @@ python benchmarks/fidelity_tables.py            prints them
 python benchmarks/fidelity_tables.py --write    puts them between their marks
 
 A mark names what stands there: `main`, `main PRESET` (rows of one preset, without remarks), `learning rates`, `costs`,
-`study NAME`, or `studies`: every study that has no mark of its own in the file.
+`trit shares`, `study NAME`, or `studies`: every study that has no mark of its own in the file.
 """
 
 import argparse
@@ -30,7 +30,7 @@ MARK = re.compile(
 )
 NOTHING = "Nothing is on file yet."
 STUDY = "study "
-SINGLE = ("main", "learning rates", "costs")
+SINGLE = ("main", "learning rates", "costs", "trit shares")
 SEVERAL = ("main ", STUDY)
 
 

@@ -95,7 +95,9 @@ def make_known_run(folder: Path) -> Path:
     write_step(folder / "fp16_ct", "stage2_pretrain")
     write_step(folder / "fp16_ct_sft", "sft", log=ce_log([1.5, 0.01]))
     write_step(folder / "refine", "stage1_refine", flip_rate=0.0, surgery="qwen3: 35 linears & <SubLN>\n")
-    write_step(folder / "bitnet_sft", "sft", log=ce_log([3.0, 0.7]), flip_rate=0.0456)
+    flips = [{"quant/flip_rate": 0.0002}, {"quant/flip_rate": 0.0004}]
+    log = [line | flip for line, flip in zip(ce_log([3.0, 0.7]), flips, strict=True)]
+    write_step(folder / "bitnet_sft", "sft", log=log, flip_rate=0.0456)
     write_step(folder / "bitdistill" / "3-distill", "stage3_distill", log=kd_log(), flip_rate=0.0789)
     rows = {
         "fp16_sft": method_row("FP16-SFT", 0.90, {"fp16_sft": 61.2}),
@@ -226,11 +228,11 @@ def test_other_tables(page: ElementTree.Element) -> None:
     ]
     shares = ["25.00%", "45.00%", "30.00%", "6.10%"]
     assert tables["Trit shares"][1:] == [
-        ["base", *shares, "-"],
-        ["fp16_sft", *shares, "1.23%"],
-        ["refine", *shares, "0.00%"],
-        ["bitnet_sft", *shares, "4.56%"],
-        ["bitdistill/3-distill", *shares, "7.89%"],
+        ["base", *shares, "-", "-"],
+        ["fp16_sft", *shares, "1.23%", "-"],
+        ["refine", *shares, "0.00%", "-"],
+        ["bitnet_sft", *shares, "4.56%", "0.30"],  # 0.0002 and 0.0004 in one step
+        ["bitdistill/3-distill", *shares, "7.89%", "-"],
     ]
     steps = {row[0]: row[1:] for row in tables["Steps"]}
     assert steps["bitdistill/3-distill"][2:] == ["2 min 00 s", "30", "1.25", "2.05"]
@@ -283,7 +285,7 @@ def test_one_chart_for_everything_recorded(page: ElementTree.Element) -> None:
         before_and_after,
     ]
     assert charts_of(section_of(page, "fp16_ct")) == charts_of(section_of(page, "lost/step")) == []
-    assert len(charts_of(page)) == len(list(page.iter("svg"))) == 1 + 3 + 3 + 2 + 1 + 3 + 4
+    assert len(charts_of(page)) == len(list(page.iter("svg"))) == 1 + 3 + 3 + 2 + 1 + 4 + 4
     assert "Not recorded: loss curve, weight histogram." in words_of(section_of(page, "fp16_ct"))
     assert "Not recorded: run.json, loss" in words_of(section_of(page, "lost/step"))
 

@@ -398,7 +398,8 @@ def test_charts(written: tuple[Path, ...]) -> None:
     texts = {words_of(text) for text in sections[one[3]].iter("text")}
     assert "0.40" in texts
     shares = html_tables(page)["Trit shares"]
-    assert shares[1] == [one[0], "25.00%", "45.00%", "30.00%", "6.10%", "4.56%"]
+    assert shares[1] == [one[0], "25.00%", "45.00%", "30.00%", "6.10%", "4.56%", "-"]
+    assert shares[4][-1] == "0.30"  # the mean of 0.0004 and 0.0002
     assert len(shares) == 1 + len(sections)
 
 

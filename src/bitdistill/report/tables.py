@@ -23,7 +23,8 @@ SIZE_RULE = (
 SHARE_RULES = (
     "Shares of the codes of all ternary linears; in full precision, of the codes these would have.",
     "Near threshold: latents within 0.05 of half their scale.",
-    "Flip rate: codes that differ from those of the step before; a dash if there is none to compare with.",
+    "Flip rate: codes that differ from those of the step before; a dash if there is none to compare with. In 1,000 "
+    "steps: how often a code turns in training, measured at single steps; one that goes to and fro counts each time.",
 )
 
 
@@ -194,13 +195,14 @@ def shares_table(steps: list[StepRecord]) -> Table:
             percent(w.plus_frac),
             percent(w.near_threshold_frac),
             "-" if w.flip_rate is None else percent(w.flip_rate),
+            f"{1000 * sum(flips) / len(flips):.2f}" if (flips := step.curve("quant/flip_rate")[1]) else "-",
         )
         for step in recorded
         if (w := step.weights)
     ]
     return Table(
         title="Trit shares",
-        header=("Step", "-1", "0", "+1", "Near threshold", "Flip rate"),
+        header=("Step", "-1", "0", "+1", "Near threshold", "Flip rate", "Flips per code in 1,000 steps"),
         rows=rows,
         notes=(*SHARE_RULES, f"Not recorded: {', '.join(absent)}.") if absent else SHARE_RULES,
     )

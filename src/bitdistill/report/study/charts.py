@@ -1,7 +1,6 @@
 """The charts of a study."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ...checkpoint import digest_of
@@ -11,9 +10,9 @@ from ..records import StepRecord, Weights
 from ..svg import BLUE, GREEN, INK, MUTED, ORANGE, PURPLE
 from ..words import heading, metric_name
 from .cells import DISTILLED, Column, Study
-from .records import StudyRecord
 from .results import Entry
 from .statistics import Interval
+from .steps import ShownStep, representative, steps_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -22,8 +21,6 @@ BASELINE_COLOURS = {"fp16_sft": INK, "fp16_ct_sft": MUTED, "bitnet_sft": ORANGE}
 PRESET_COLOURS = (BLUE, GREEN, PURPLE)
 DODGE = 1.03
 """Ratio of the places of neighbouring lines at one size, so that their whiskers do not lie on each other."""
-CHAINS = ("bitnet_sft", DISTILLED)
-"""Methods whose steps are drawn one by one."""
 
 
 def size_chart(task: str, entries: Sequence[Entry]) -> Chart | None:
@@ -113,12 +110,6 @@ def _shortened(label: str) -> str:
     return label if len(label) <= 58 else f"{label[:55]} ..."
 
 
-def representative(entry: Entry) -> StudyRecord | None:
-    """The run whose curves stand for a row: that of its lowest seed that has the row of BitDistill."""
-    cell = entry.cell(DISTILLED)
-    return cell.records[0] if cell else None
-
-
 def stage_2_charts(entries: Sequence[Entry]) -> list[Chart]:
     """Cross-entropy of stage 2, ternary beside full precision, once where runs share it."""
     charts: dict[str, Chart] = {}
@@ -126,7 +117,7 @@ def stage_2_charts(entries: Sequence[Entry]) -> list[Chart]:
         record = representative(entry)
         curves: dict[str, Curve] = {}
         for label, method in (("ternary", DISTILLED), ("full precision", "fp16_ct_sft")):
-            step = next((s for s in _steps(record, method) if s.stage == "stage2_pretrain"), None)
+            step = next((s for s in steps_of(record, method) if s.stage == "stage2_pretrain"), None)
             if step is not None and (curve := step.curve("loss/ce"))[0]:
                 curves[label] = curve
         key = digest_of([entry.column.base.identity, curves])
@@ -136,31 +127,9 @@ def stage_2_charts(entries: Sequence[Entry]) -> list[Chart]:
     return list(charts.values())
 
 
-def drawn_steps(entries: Sequence[Entry]) -> list[tuple[StepRecord, list[Chart]]]:
-    """Steps of the representative run of every row of the main table with their charts; a step that rows share once,
-    under the name of the first.
-    """
-    seen: set[str] = set()
-    found = []
-    for entry in entries:
-        record = representative(entry)
-        for method in CHAINS:
-            before = None
-            for step in _steps(record, method):
-                key = digest_of([entry.column.base.identity, step.path, step.log, step.run.get("metrics")])
-                if key not in seen:
-                    named = replace(step, path=f"{entry.column.title}, {entry.preset}: {step.path}")
-                    found.append((named, _step_charts(named, before)))
-                seen.add(key)
-                before = step.weights
-    return found
-
-
-def _steps(record: StudyRecord | None, method: str) -> list[StepRecord]:
-    """The recorded steps of a row, in order."""
-    if record is None or method not in record.methods:
-        return []
-    return [record.steps[name] for name in record.methods[method].steps if name in record.steps]
+def step_charts(steps: Sequence[ShownStep]) -> list[tuple[StepRecord, list[Chart]]]:
+    """Every step with its charts."""
+    return [(shown.step, _step_charts(shown.step, shown.before)) for shown in steps]
 
 
 def _step_charts(step: StepRecord, before: Weights | None) -> list[Chart]:

@@ -12,10 +12,11 @@ from ..records import StepRecord, clean
 from ..tables import Table, shares_table
 from ..words import MISSING, duration, stage_name
 from .cells import Study, studies
-from .charts import difference_chart, drawn_steps, size_chart, stage_2_charts
+from .charts import difference_chart, size_chart, stage_2_charts, step_charts
 from .reading import read_study
 from .records import StudyRecord
 from .results import Entry, main_entries, summary_json
+from .steps import shown_steps
 from .tables import costs_table, main_table, rates_table, study_table
 
 SUMMARY_FILE = "summary.json"
@@ -54,17 +55,13 @@ def render_study(folder: Path) -> tuple[dict[str, str] | None, list[str]]:
         return None, damaged
     found = studies(records)
     entries, left_out = main_entries(found)
-    steps = drawn_steps(entries)
-    tables = study_tables(found, entries)
-    if steps:
-        tables["trit shares"] = shares_table([step for step, _ in steps])
     report = StudyReport(
         name=folder.resolve().name,
         records=records,
         studies=found,
         entries=entries,
-        steps=steps,
-        tables=tables,
+        steps=step_charts(shown_steps(entries)),
+        tables=study_tables(found, entries),
         remarks=(*left_out, *damaged),
     )
     pages = {
@@ -76,12 +73,14 @@ def render_study(folder: Path) -> tuple[dict[str, str] | None, list[str]]:
 
 
 def study_tables(found: Sequence[Study], entries: Sequence[Entry]) -> dict[str, Table]:
-    """The tables of scores, rates and costs by name; that of a study is called ``study NAME``."""
+    """All tables by name; that of a study is called ``study NAME``."""
     tables = {"main": main_table(entries)} if entries else {}
     tables |= {f"study {study.name}": study_table(study) for study in found if not _is_in(study, entries)}
     rates = rates_table(found)
     tables |= {"learning rates": rates} if rates else {}
-    return tables | ({"costs": costs_table(entries)} if entries else {})
+    steps = [shown.step for shown in shown_steps(entries)]
+    tables |= {"costs": costs_table(entries)} if entries else {}
+    return tables | ({"trit shares": shares_table(steps)} if steps else {})
 
 
 def _is_in(study: Study, entries: Sequence[Entry]) -> bool:
