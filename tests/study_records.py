@@ -95,6 +95,7 @@ def record_of(rows: Mapping[str, Sequence[float] | Mapping[str, Any]], **more: A
         "recipe": {"name": "known", "sft": {"epochs": 2.0}},
     }
     first = next(iter(rows.values()), [])
+    num_items = 0 if isinstance(first, Mapping) else len(first)
     record: dict[str, Any] = {
         "format": 1,
         "study": "main",
@@ -106,7 +107,8 @@ def record_of(rows: Mapping[str, Sequence[float] | Mapping[str, Any]], **more: A
         "preset": "default",
         "judged_on": "test",
         "metric": "accuracy",
-        "num_items": 0 if isinstance(first, Mapping) else len(first),
+        "num_items": num_items,
+        "items_digest": f"first {num_items}",
     }
     record |= {key: value for key, value in more.items() if key not in ("meta", "base")}
     record["base"] = base | more.get("base", {})

@@ -82,6 +82,9 @@ def test_the_first_seed_chooses_the_learning_rate_for_the_second(swept):
 
 
 def test_a_record_holds_the_items_that_its_scores_are_means_of(swept):
+    assert (
+        len({record["items_digest"] for record in swept.records.values()}) == 1
+    )  # seeds and points draw none
     for record in swept.records.values():
         assert record["judged_on"] == "validation"
         for row in record["rows"].values():

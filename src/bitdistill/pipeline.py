@@ -364,6 +364,7 @@ def _meta(recipe: Recipe, task: Task, rows: dict[str, Any], seconds: float) -> d
         "train_items": len(task.train),
         "judged_on": judged_on,
         "eval_items": len(task.part(judged_on)),
+        "items_digest": task.part_digest(judged_on),
         "majority_accuracy": task.majority_accuracy(judged_on),
         "last_run_s": round(seconds, 1),
         "total_time_s": round(sum(step_seconds(read_run(recipe.run_dir / step)) for step in steps), 1),

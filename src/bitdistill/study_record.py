@@ -65,6 +65,7 @@ def study_record(
         "judged_on": meta["judged_on"],
         "metric": meta["metric"],
         "num_items": meta["eval_items"],
+        "items_digest": meta["items_digest"],
         "meta": meta,
         "rows": {key: row | _items(recipe, row, meta["judged_on"]) for key, row in rows.items()},
         "steps": {name: step_record(recipe.run_dir / name) for name in names},

@@ -170,6 +170,14 @@ def test_the_digest_changes_with_any_example_and_only_then(tmp_path):
     assert jsonl_task(tmp_path, some_rows(40), template="{text} So").digest != digest
 
 
+def test_parts_of_the_same_examples_have_the_same_digest(tmp_path):
+    whole = jsonl_task(tmp_path, some_rows(200), some_rows(30))
+    subset = jsonl_task(tmp_path, some_rows(200), some_rows(30), max_train_examples=40)
+    for part in ("train", "validation", "test"):
+        same = whole.part(part) == subset.part(part)
+        assert same == (part == "test") == (whole.part_digest(part) == subset.part_digest(part))
+
+
 # --- nested phrases ---
 
 words = st.lists(st.sampled_from("abcd"), min_size=1, max_size=7)

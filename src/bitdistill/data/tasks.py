@@ -7,6 +7,7 @@ alone, so that every method and every seed of a study sees the same examples.
 
 import random
 import string
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,11 +55,12 @@ class Task:
     @property
     def digest(self) -> str:
         """Digest of everything a model is trained and judged on."""
-        parts = [
-            [(e.prompt, e.answer, *filter(None, [e.tail]), *(() if e.prompt else e.segments)) for e in part]
-            for part in (self.train, self.validation, self.test)
-        ]
+        parts = [_contents(part) for part in (self.train, self.validation, self.test)]
         return digest_of([self.kind, self.labels, parts])
+
+    def part_digest(self, name: str) -> str:
+        """Digest of the examples of one part: rows that share it can be held against each other item by item."""
+        return digest_of(_contents(self.part(name)))
 
     def part(self, name: str) -> tuple[Example, ...]:
         """The examples of ``train``, ``validation`` or ``test``."""
@@ -71,6 +73,10 @@ class Task:
         examples = self.part(part)
         counts = [sum(e.label == i for e in examples) for i in range(len(self.labels))]
         return max(counts) / len(examples)
+
+
+def _contents(part: Sequence[Example]) -> list[tuple[str, ...]]:
+    return [(e.prompt, e.answer, *filter(None, [e.tail]), *(() if e.prompt else e.segments)) for e in part]
 
 
 def load_task(config: TaskConfig) -> Task:

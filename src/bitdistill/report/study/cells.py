@@ -60,6 +60,12 @@ class Cell:
         counts = {len(items) for items in self.items}
         return counts.pop() if len(counts) == 1 else None
 
+    @property
+    def answered(self) -> str | None:
+        """Digest of the items that every seed answered; None where that differs."""
+        digests = {record.items_digest for record in self.records}
+        return digests.pop() if len(digests) == 1 else None
+
     def has_items_of(self, other: "Cell") -> bool:
         """Whether both gave the same answers at the same seeds: the same run, counted at two points."""
         same = (np.array_equal(a, b) for a, b in zip(self.items, other.items, strict=False))
@@ -86,18 +92,18 @@ class Column:
 
     @cached_property
     def draws(self) -> dict[Key, Draws]:
-        """Resampled means of every cell whose seeds answered the same number of items."""
-        counts = {count for cell in self.cells.values() if (count := cell.num_items)}
+        """Resampled means of every cell whose seeds answered the same items."""
+        digests = {digest for cell in self.cells.values() if (digest := cell.answered)}
         found: dict[Key, Draws] = {}
-        for count in sorted(counts):
-            cells = {key: cell for key, cell in self.cells.items() if cell.num_items == count}
+        for digest in sorted(digests):
+            cells = {key: cell for key, cell in self.cells.items() if cell.answered == digest}
             found |= resampled_means({k: (c.seeds, np.stack(c.items)) for k, c in cells.items()})
         return found
 
     def are_paired(self, *keys: Key) -> bool:
-        """Whether cells can be compared item by item; a number of items in common is taken for the same items."""
-        counts = {self.cells[key].num_items for key in keys}
-        return len(counts) == 1 and None not in counts
+        """Whether cells can be compared item by item."""
+        digests = {self.cells[key].answered for key in keys}
+        return len(digests) == 1 and None not in digests
 
     def interval(self, key: Key) -> Interval | None:
         """The mean of a cell with its 95 % interval over items and seeds."""

@@ -91,6 +91,7 @@ def _read(path: Path, name: str) -> StudyRecord | None:
         judged_on=clean(_field(value, "judged_on", str)),
         metric=metric,
         num_items=num_items,
+        items_digest="" if failed else clean(_field(value, "items_digest", str)),
         meta=meta,
         methods=methods,
         items=items,

@@ -45,6 +45,8 @@ class StudyRecord:
     judged_on: str
     metric: str
     num_items: int
+    items_digest: str
+    """What they were; records that share it answered the same items."""
     meta: dict[str, Any]
     methods: dict[str, Method]
     """Rows by method key."""

@@ -169,7 +169,7 @@ def _study_notes(study: Study, most: int) -> list[str]:
         if study.reference in column.cells and not column.are_paired(*column.cells)
     ]
     if unpaired:
-        notes.append(f"{', '.join(unpaired)}: rows with other numbers of items cannot be paired.")
+        notes.append(f"{', '.join(unpaired)}: rows that answered other items cannot be paired.")
     on_edge = [f"{', '.join(row[:3])}: {row[4]}, {row[5]}" for row in rate_rows(study) if row[5]]
     if on_edge:
         notes.append(f"Learning rate on the edge of its grid: {'; '.join(on_edge)}.")
