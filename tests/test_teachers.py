@@ -92,6 +92,22 @@ def test_heads_that_do_not_pair_are_refused_before_anything_is_made(
     assert not (tmp_path / "small").exists()
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("relation_heads=5", "do not split into 5 relation heads"), ("relation_layers=[7]", "layer 7")],
+)
+def test_what_a_teacher_still_to_be_made_cannot_have_is_refused_before_it_is_made(
+    cli, project, llama, tmp_path, setting, message
+):
+    outcome = cli(
+        "run", project, "--set", f"model.source={llama}", "--set", f'output_dir="{tmp_path}"',
+        "--set", f"distill.{setting}",
+    )  # fmt: skip
+    assert outcome.status == 1
+    assert message in outcome.err
+    assert not (tmp_path / "small").exists()
+
+
 def test_heads_do_not_matter_to_a_method_without_relations(project, llama, larger, tmp_path):
     recipe = load_recipe(project, [
         f"model.source={llama}", f'output_dir="{tmp_path}"', f'distill.teacher="{larger()}"', "distill.epochs=0.1",

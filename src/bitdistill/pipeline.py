@@ -169,11 +169,11 @@ def run(recipe: Recipe) -> dict[str, Any]:
         if step is stage2_pretrain.run:
             check_stage_2(step_recipe, source, config)
             stage2_pretrain.check_teacher(step_recipe, source)
-    if teacher is not None and distills:
-        if is_encoder(config):
-            check_finished_classifier(teacher, teacher_config, task)
-        for method in (m for m in methods if m.needs_teacher):
-            stage3_distill.check_teacher(method.fine_tune(recipe, None, teacher)[1], source)
+    if teacher is not None and distills and is_encoder(config):
+        check_finished_classifier(teacher, teacher_config, task)
+    for method in (m for m in methods if m.needs_teacher):
+        # A teacher that is still to be made has the shape of the model that it is made of.
+        stage3_distill.check_teacher(method.fine_tune(recipe, None, teacher or source)[1], source)
     path = recipe.run_dir / "result.json"
     stored = _stored_result(path, recipe)
     reference = baselines(task) if recipe.run.judged_on == "test" else {}
