@@ -15,6 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+HADAMARD_SITES = ("o_proj", "down_proj")
+"""Linears of a layer whose input BitNet v2 transforms (H-BitLinear), by the decoders' names: the projection that ends
+attention and the one that ends the feed-forward."""
+
 
 def default_block(dim: int) -> int:
     """The largest power of two that divides ``dim``."""
