@@ -53,7 +53,7 @@ def resolve_hadamard(model: nn.Module, family: Family, spec: TernarySpec, sites:
         ValueError: a block does not divide its dimension, or no site is left.
     """
     blocks = {}
-    for site, block in spec.hadamard:
+    for site, block in dict(spec.hadamard).items():
         dims = [
             model.get_submodule(name).in_features for name in sites if hadamard_site(name, family) == site
         ]
