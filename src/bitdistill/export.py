@@ -150,6 +150,12 @@ def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
             f"{source}: activations of {bits.pop()} bits (ternary.activation_bits) have no kernel in the engine; "
             "train the student with activation_bits = 8"
         )
+    states = {(m.spec.query_bits, m.spec.kv_bits) for m in model.modules() if isinstance(m, BitLinear)}
+    if states - {(16, 16)}:
+        raise CheckpointError(
+            f"{source}: it was trained with queries, keys or values of few bits (ternary.query_bits, kv_bits), which "
+            "the engine does not quantise alike. Use the student with transformers, or train one with both at 16"
+        )
     if any(m.spec.dead_zone_bias for m in model.modules() if isinstance(m, BitLinear)):
         raise CheckpointError(
             f"{source}: its dead weights make a bias in every ternary linear (ternary.dead_zone_bias), which the "

@@ -338,6 +338,7 @@ CHECKPOINTS = {
     ),
     "qwen3_learned_block": ("qwen3", {"scale": "learned", "granularity": "block", "block_size": 20}, {}),
     "llama_all_bias": ("llama", {"norm_sites": "all"}, {"attention_bias": True, "mlp_bias": True}),
+    "llama_low_bit_states": ("llama", {"query_bits": 4, "kv_bits": 3}, {}),
     "llama_dead_zone": ("llama", {"dead_zone_bias": 0.5}, {"attention_bias": True}),
     "llama_none_block": (
         "llama",

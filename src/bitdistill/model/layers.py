@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .low_bit_states import KV_BITS, QUERY_BITS
 from .quant import (
     Granularity,
     Rounding,
@@ -29,6 +30,8 @@ GRANULARITIES = ("tensor", "channel", "block")
 ACTIVATION_BITS = (4, 8, 16)
 ROUNDINGS = ("divide", "multiply")
 SCALES = ("absmean", "learned")
+OPTIONAL = {"dead_zone_bias": 0.0, "query_bits": 16, "kv_bits": 16}
+"""Keys that came later -> the value that stands for their absence in ``config.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +55,10 @@ class TernarySpec:
     """``absmean``: of the latents, in every forward pass; ``learned``: a parameter beside them, trained as in LSQ."""
     dead_zone_bias: float = 0.0
     """Share of the dead weights' sum that is added to each output (``quant.dead_zone_bias``); 0 adds nothing."""
+    query_bits: int = 16
+    """Bits of the queries (``low_bit_states.py``); 16 leaves them alone."""
+    kv_bits: int = 16
+    """Bits of the keys and values; 16 leaves them alone."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -60,6 +67,8 @@ class TernarySpec:
             ("activation_bits", self.activation_bits, ACTIVATION_BITS),
             ("rounding", self.rounding, ROUNDINGS),
             ("scale", self.scale, SCALES),
+            ("query_bits", self.query_bits, QUERY_BITS),
+            ("kv_bits", self.kv_bits, KV_BITS),
         ):
             if value not in allowed:
                 raise ValueError(f"ternary.{name} = {value!r}: use one of {', '.join(map(str, allowed))}")
@@ -77,11 +86,8 @@ class TernarySpec:
     def to_dict(self) -> dict:
         """The form that ``config.json`` holds."""
         values = asdict(self) | {"skip": list(self.skip)}
-        if not self.dead_zone_bias:
-            del values[
-                "dead_zone_bias"
-            ]  # so that students without it stay what they were before there was one
-        return values
+        # Students without a later key stay what they were before there was one.
+        return {k: v for k, v in values.items() if k not in OPTIONAL or v != OPTIONAL[k]}
 
 
 class SubLN(nn.Module):

@@ -7,6 +7,7 @@ fp32 whatever the input dtype, because a mean over millions of bf16 magnitudes i
 absmean weights   (b1.58, eq. 1-3)  scale = mean|W|,     code = clip(round(W / scale), -1, 1)
 absmax INT8       (b1.58, eq. 4)    scale = max|x| / 127, code = clip(round(x / scale), -128, 127)
 absmean INT4      (BitNet v2, eq. 5) scale = mean|x| / sqrt(7), code = clip(round(x / scale), -8, 7)
+attention states  (BitNet v2)       step = max|x| / (2^(b-1) - 1), code = clip(round(x / step) + 2^(b-1), 0, 2^b - 1)
 
 learned weights   (LSQ, arXiv 1902.08153) scale is a parameter, code as above; gradients of eq. 3 and 5
 
@@ -120,6 +121,20 @@ def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS) / math.sqrt(7)
     return (x / scale).round().clamp(-8, 7), scale
+
+
+def quantize_state(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Unsigned absmax codes of queries, keys or values ``[..., head_dim]``, per token and head (BitNet v2).
+
+    Returns:
+        code, shaped like ``x``, fp32 integers in [1, 2^bits - 1] (0 is in the clip range but absmax never reaches it),
+        and step ``[..., 1]``, 1 where a head is all zero: ``x ~= (code - 2^(bits-1)) * step``.
+    """
+    x = x.float()
+    zero = 2 ** (bits - 1)
+    step = x.abs().amax(dim=-1, keepdim=True) / (zero - 1)
+    step = torch.where(step == 0, 1.0, step)
+    return ((x / step).round() + zero).clamp(0, 2 * zero - 1), step
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -263,4 +278,12 @@ def fake_quantize_activation(
             quantized = (code * scale).to(x.dtype)
         if quant_lambda != 1.0:
             quantized = torch.lerp(x, quantized, quant_lambda)
+    return straight_through(x, quantized)
+
+
+def fake_quantize_state(x: Tensor, bits: int) -> Tensor:
+    """What the codes of ``quantize_state`` stand for, straight-through, in the input's dtype."""
+    with torch.no_grad():
+        code, step = quantize_state(x, bits)
+        quantized = ((code - 2 ** (bits - 1)) * step).to(x.dtype)
     return straight_through(x, quantized)

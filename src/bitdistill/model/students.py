@@ -16,6 +16,7 @@ from transformers import initialization as init
 
 from .families import FAMILIES, Family, ends_in
 from .layers import BitLinear, SubLN, TernarySpec
+from .low_bit_states import quantize_states
 from .quant import Granularity  # noqa: F401  transformers before 5.10 copies only the files that this one imports
 
 
@@ -90,6 +91,7 @@ def _model_class(family: Family, student_config: Any, name: str) -> Any:
             super().__init__(config)
             spec = TernarySpec(**config.ternary)
             install_bitlinears(self, family, spec, getattr(config, family.norm_eps))
+            quantize_states(self, spec.query_bits, spec.kv_bits)
             self.post_init()
 
         def initialize_weights(self) -> None:

@@ -12,6 +12,7 @@ from ..checkpoint import checkpoint_digest
 from ..config import Recipe, RefineConfig
 from ..data.corpus import source_digest
 from ..model import TernarySpec
+from ..model.layers import OPTIONAL
 from ..processes import is_main_process, process_state
 from ..recipe import to_dict
 from .calibration import calibration_batches
@@ -31,8 +32,9 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "refine": to_dict(config),
         "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
-    if not config.dead_zone_bias:
-        del settings["refine"]["dead_zone_bias"]  # a step made before there was such a key is the same step
+    for key, absent in OPTIONAL.items():
+        if settings["refine"][key] == absent:
+            del settings["refine"][key]  # a step made before there was such a key is the same step
     corpus_digest = source_digest(recipe.corpus) if config.is_calibrated else ""
     if corpus_digest:
         settings["calibration"] = to_dict(recipe.corpus) | {"digest": corpus_digest}
@@ -80,4 +82,6 @@ def ternary_spec(config: RefineConfig) -> TernarySpec:
         skip=config.skip,
         scale=config.scale,
         dead_zone_bias=config.dead_zone_bias,
+        query_bits=config.query_bits,
+        kv_bits=config.kv_bits,
     )
