@@ -2,13 +2,15 @@
 numpy quantised, and one answer whether states come from a cache, behind padding or in one pass.
 """
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from tiny_families import families, small_model, small_student
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
 
 from bitdistill.errors import SurgeryError
 from bitdistill.model import TernarySpec, quantize_states
@@ -31,15 +33,18 @@ def reference_codes(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def reference_states(x: torch.Tensor, bits: int, starts: torch.Tensor | None = None) -> torch.Tensor:
-    """What states ``[B, H, S, E]`` stand for; first tokens, by index of the row, at 8 bits."""
-    values = x.double().numpy()
-    codes, steps = reference_codes(values, bits)
-    result = (codes - 2 ** (bits - 1)) * steps
+    """What states ``[B, H, S, E]`` stand for, of fp32 arithmetic; first tokens, by index of the row, at 8 bits."""
+    result = _stand_for(x, bits)
     if starts is not None:
-        codes, steps = reference_codes(values, 8)
+        fine = _stand_for(x, 8)
         for row, start in enumerate(starts.tolist()):
-            result[row, :, start] = ((codes - 128) * steps)[row, :, start]
+            result[row, :, start] = fine[row, :, start]
     return torch.from_numpy(result).to(x.dtype)
+
+
+def _stand_for(x: torch.Tensor, bits: int) -> np.ndarray:
+    codes, steps = reference_codes(x.float().numpy(), bits)
+    return (codes - 2 ** (bits - 1)).astype(np.float32) * steps.astype(np.float32)
 
 
 # --- the quantiser ---
@@ -76,42 +81,42 @@ def test_the_gradient_is_straight_through_and_the_dtype_kept(dtype):
 # --- the model ---
 
 
-def padded(side: str) -> dict[str, torch.Tensor]:
-    """Two sequences, the first with four tokens of padding on one side."""
+def sequences(padding: int) -> dict[str, torch.Tensor]:
+    """Two sequences, the first behind padding."""
     input_ids = torch.randint(2, 300, (2, 9))
     attention_mask = torch.ones_like(input_ids)
-    attention_mask[0, :4] = 0
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask if side == "left" else attention_mask.flip(1),
-    }
+    attention_mask[0, :padding] = 0
+    return {"input_ids": input_ids, "attention_mask": attention_mask}
 
 
 @pytest.fixture
 def batch():
-    """See ``padded``."""
-    return padded("left")
+    """See ``sequences``."""
+    return sequences(4)
 
 
-# Hugging Face's eager attention in float64 makes NaN of a row that sees nothing: no padding on the left there.
-attentions = pytest.mark.parametrize(("attention", "side"), [("sdpa", "left"), ("eager", "right")])
+# Hugging Face's eager attention in float64 makes NaN of a token that sees nothing, as padding does.
+attentions = pytest.mark.parametrize(("attention", "padding"), [("sdpa", 4), ("eager", 0)])
 
 
 @families
 @attentions
-def test_logits_are_those_of_attention_on_the_states_of_numpy(family, attention, side):
-    batch = padded(side)
+def test_logits_are_those_of_attention_on_the_states_of_numpy(family, attention, padding):
+    batch = sequences(padding)
     real = batch["attention_mask"].bool()
     starts = batch["attention_mask"].argmax(dim=1)
 
     def attend(module, query, key, value, *args, **kwargs):
         query = reference_states(query, LOW["query_bits"])
         key, value = (reference_states(states, LOW["kv_bits"], starts) for states in (key, value))
-        return sdpa_attention_forward(module, query, key, value, *args, **kwargs)
+        own = sys.modules[type(module).__module__].eager_attention_forward
+        dispatched = own if attention == "eager" else sdpa_attention_forward
+        return dispatched(module, query, key, value, *args, **kwargs)
 
     AttentionInterface.register("test_numpy_states", attend)
-    AttentionMaskInterface.register("test_numpy_states", sdpa_mask)
+    AttentionMaskInterface.register("test_numpy_states", eager_mask if attention == "eager" else sdpa_mask)
     plain = small_student(family).double()
+    plain.set_attn_implementation(attention)
     low = small_student(family, LOW).double()
     low.set_attn_implementation(attention)
     with torch.no_grad():
@@ -125,14 +130,11 @@ def test_logits_are_those_of_attention_on_the_states_of_numpy(family, attention,
 @families
 @attentions
 @pytest.mark.parametrize("cache", [None, "static"])
-def test_generation_scores_as_one_pass_does(family, attention, side, cache):
+def test_generation_scores_as_one_pass_does(family, attention, padding, cache):
     model = small_student(family, LOW).double()
     model.set_attn_implementation(attention)
-    batch = padded(side)
-    padding = 4
-    if side == "right":
-        batch, padding = {key: value[1:] for key, value in batch.items()}, 0
-    rows, length = batch["input_ids"].shape
+    batch = sequences(padding)
+    length = batch["input_ids"].shape[1]
     with torch.inference_mode():
         out = model.generate(
             **batch,
@@ -143,7 +145,7 @@ def test_generation_scores_as_one_pass_does(family, attention, side, cache):
             output_logits=True,
             return_dict_in_generate=True,
         )
-        mask = torch.cat([batch["attention_mask"], torch.ones(rows, 8, dtype=torch.int64)], dim=1)
+        mask = torch.cat([batch["attention_mask"], torch.ones(2, 8, dtype=torch.int64)], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         whole = model(out.sequences, attention_mask=mask, position_ids=positions, use_cache=False).logits
         alone = model(out.sequences[:1, padding:], use_cache=False).logits
