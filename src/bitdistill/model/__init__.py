@@ -5,6 +5,7 @@ every student checkpoint.
 """
 
 from .families import FAMILIES, Family, ends_in, family_of, find_family
+from .hadamard import HADAMARD_SITES
 from .layers import BitLinear, SubLN, TernarySpec
 from .low_bit_states import KV_BITS, QUERY_BITS, quantize_states
 from .students import STUDENT_CLASSES, register_students, student_class
@@ -13,6 +14,7 @@ register_students()
 
 __all__ = [
     "FAMILIES",
+    "HADAMARD_SITES",
     "KV_BITS",
     "QUERY_BITS",
     "STUDENT_CLASSES",
