@@ -33,6 +33,9 @@ def evaluate(
     perplexity: Annotated[
         bool, typer.Option(help="Perplexity on the corpus's held-out part instead.")
     ] = False,
+    sparsity: Annotated[
+        bool, typer.Option(help="Share of zeros among the inputs of ternary linears on that part, too.")
+    ] = False,
     engine: Annotated[
         bool, typer.Option("--engine", help="SOURCE is an exported model: run it in the CPU engine.")
     ] = False,
@@ -55,12 +58,18 @@ def evaluate(
     bits = StateBits(query_bits, kv_bits)
     if engine and bits != OWN_BITS:
         raise ConfigError("--query-bits and --kv-bits are of torch; leave out --engine")
+    if sparsity and (engine or not perplexity):
+        raise ConfigError(
+            "--sparsity is counted in torch on the held-out part: give it with --perplexity alone"
+        )
     if perplexity:
         if engine:
             value = deploy.engine_perplexity(config, source, kv_cache=kv_cache)
         else:
             value = pipeline.heldout_perplexity(config, source, bits)
         result: dict[str, Any] = {"perplexity": value}
+        if sparsity:
+            result |= pipeline.heldout_sparsity(config, source)
     else:
         task = load_task(config.task)
         if engine:

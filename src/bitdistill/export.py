@@ -150,6 +150,11 @@ def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
             f"{source}: activations of {bits.pop()} bits (ternary.activation_bits) have no kernel in the engine; "
             "train the student with activation_bits = 8"
         )
+    if any(m.spec.int4_sites != "all" for m in model.modules() if isinstance(m, BitLinear)):
+        raise CheckpointError(
+            f"{source}: its activations have bits and zeros by site (ternary.int4_sites, BitNet a4.8), for which the "
+            "engine has no kernels. Use the student with transformers, or train one with another architecture"
+        )
     states = {(m.spec.query_bits, m.spec.kv_bits) for m in model.modules() if isinstance(m, BitLinear)}
     if states - {(16, 16)}:
         raise CheckpointError(

@@ -39,6 +39,7 @@ from .evaluate import (
 from .metrics import Evaluation, check_installed, judge_summaries, scores_as_dict
 from .processes import is_main_process, on_main_process
 from .recipe import to_dict
+from .sparsity import counting, sparsity
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
 from .train.encoder import (
     check_finished_classifier,
@@ -357,6 +358,15 @@ def heldout_perplexity(recipe: Recipe, source: str | Path, bits: StateBits = OWN
     tokenizer = load_tokenizer(source, recipe.revision_of(source))
     model = bits.apply(load_model(source, recipe.revision_of(source)))
     return TorchScorer(model, tokenizer).perplexity(heldout_sequences(recipe, tokenizer))
+
+
+def heldout_sparsity(recipe: Recipe, source: str | Path) -> dict[str, float]:
+    """Share of zeros that a student's ternary linears meet on the held-out part; see ``sparsity``."""
+    tokenizer = load_tokenizer(source, recipe.revision_of(source))
+    model = load_model(source, recipe.revision_of(source))
+    with counting(model) as count:
+        TorchScorer(model, tokenizer).perplexity(heldout_sequences(recipe, tokenizer))
+    return sparsity(model, count)
 
 
 def heldout_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedSequences:

@@ -10,7 +10,7 @@ _TIPS = {
     "weight_decay": 0.1,
     "weight_decay_schedule": "half_then_zero",
 }
-# BitNet v2 (arXiv 2504.18415), tables 8 and 9: two stages as in the tips, INT4 activations in the last 5 % of the tokens.
+# BitNet v2 (arXiv 2504.18415), tables 8 and 9: two stages as in the tips, INT4 activations in the last 5 % of steps.
 # The tokenizer is not named; the size is LLaMA's. 375 of 100,000 steps (of a million tokens) are warm-up.
 _V2 = _TIPS | {
     "architecture": "bitnet_v2",
@@ -171,6 +171,17 @@ BASE_PRESETS: dict[str, dict[str, Any]] = {
         "initializer_range": 0.06,
         "learning_rate": 3e-3,
     },
+}
+
+# BitNet a4.8 (arXiv 2411.04965): the layout of the tips' models, 375 of 100,000 steps of warm-up, hybrid activations in
+# the last 5 % of the steps. The learning rates of its 7B are not known to us.
+_A4_8 = {"architecture": "bitnet_a4_8", "int4_activations_ratio": 0.05}
+BASE_PRESETS |= {
+    name.replace("bitnet-", "bitnet-a4.8-"): BASE_PRESETS[name] | _A4_8 | {"warmup_ratio": 0.00375}
+    for name in ("bitnet-700m", "bitnet-1.3b", "bitnet-3b")
+}
+BASE_PRESETS |= {
+    name.replace("-v2-", "-a4.8-"): BASE_PRESETS[name] | _A4_8 for name in ("bitnet-v2-1.5m", "bitnet-v2-5m")
 }
 
 

@@ -34,7 +34,10 @@ GRANULARITIES = ("tensor", "channel", "block")
 ACTIVATION_BITS = (4, 8, 16)
 ROUNDINGS = ("divide", "multiply")
 SCALES = ("absmean", "learned")
-OPTIONAL = {"dead_zone_bias": 0.0, "hadamard": {}, "query_bits": 16, "kv_bits": 16}
+INT4_SITES = ("all", "inputs")
+TOP_K_SHARE = 0.5
+"""Share of o_proj's inputs that BitNet a4.8 keeps of a token."""
+OPTIONAL = {"dead_zone_bias": 0.0, "hadamard": {}, "int4_sites": "all", "query_bits": 16, "kv_bits": 16}
 """Keys that came later -> the value that stands for their absence in ``config.json``."""
 
 
@@ -62,6 +65,9 @@ class TernarySpec:
     hadamard: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     """Site of HADAMARD_SITES -> features of a block of the Hadamard transform before its activation quantiser; kept as
     pairs. 0 asks for the largest block; a student's own config has it resolved."""
+    int4_sites: str = "all"
+    """Where activations of 4 bits are: ``all`` linears, or ``inputs``, those that read the residual stream, while
+    o_proj and down_proj keep 8 bits, o_proj those of its larger half alone (BitNet a4.8)."""
     query_bits: int = 16
     """Bits of the queries (``low_bit_states.py``); 16 leaves them alone."""
     kv_bits: int = 16
@@ -74,6 +80,7 @@ class TernarySpec:
             ("activation_bits", self.activation_bits, ACTIVATION_BITS),
             ("rounding", self.rounding, ROUNDINGS),
             ("scale", self.scale, SCALES),
+            ("int4_sites", self.int4_sites, INT4_SITES),
             ("query_bits", self.query_bits, QUERY_BITS),
             ("kv_bits", self.kv_bits, KV_BITS),
         ):
@@ -131,7 +138,8 @@ class BitLinear(nn.Linear):
     Shapes: ``[..., in_features] -> [..., out_features]``. ``quant_lambda`` is the warm-up coefficient that the
     trainer moves from 0 to 1; evaluation always uses 1, so a model is judged as it will be exported. So it is with
     ``soft_temperature``: above 0 the weights of a training step have soft codes at that temperature.
-    ``hadamard_block``: features of a block of the Hadamard transform of the input; 0 leaves it out.
+    ``hadamard_block``: features of a block of the Hadamard transform of the input; 0 leaves it out. ``output_site``:
+    which of HADAMARD_SITES it is, if one.
     """
 
     def __init__(
@@ -143,6 +151,7 @@ class BitLinear(nn.Linear):
         spec: TernarySpec,
         norm_eps: float | None,
         hadamard_block: int = 0,
+        output_site: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -151,6 +160,7 @@ class BitLinear(nn.Linear):
             resolve_block(in_features, hadamard_block)
         self.spec = spec
         self.hadamard_block = hadamard_block
+        self.output_site = output_site
         self.quant_lambda = 1.0
         self.soft_temperature = 0.0
         self.norm = SubLN(in_features, norm_eps).to(device=device) if norm_eps is not None else None
@@ -178,13 +188,20 @@ class BitLinear(nn.Linear):
             x = self.norm(x)
         return hadamard_transform(x, self.hadamard_block) if self.hadamard_block else x
 
+    def quantized_inputs(self, x: Tensor, quant_lambda: float = 1.0) -> Tensor:
+        """What the weight multiplies: ``inputs`` of ``x`` ``[..., K]``, quantised, in the dtype of ``x``."""
+        spec, dtype = self.spec, x.dtype
+        bits, kept = spec.activation_bits, 1.0
+        if bits == 4 and spec.int4_sites == "inputs" and self.output_site is not None:
+            bits, kept = 8, TOP_K_SHARE if self.output_site == "o_proj" else 1.0
+        x = self.inputs(x)
+        if bits < 16:
+            x = fake_quantize_activation(x, bits, quant_lambda, spec.rounding, kept)
+        return x.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         quant_lambda = self.quant_lambda if self.training else 1.0
-        dtype = x.dtype
-        x = self.inputs(x)
-        if self.spec.activation_bits < 16:
-            x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda, self.spec.rounding)
-        x = x.to(dtype)
+        x = self.quantized_inputs(x, quant_lambda)
         bias = self._bias(quant_lambda)
         if self.training and self.soft_temperature > 0:
             spec = self.spec

@@ -262,12 +262,25 @@ def soft_ternarize(
     return soft.to(latent.dtype)  # type: ignore[no-any-return]
 
 
+def is_among_largest(x: Tensor, share: float) -> Tensor:
+    """Bool mask of the entries of ``x`` ``[..., K]`` among the ``round(share * K)`` largest magnitudes of their row, at
+    least one; entries that tie with the last of them are in, too (top-k of BitNet a4.8, arXiv 2411.04965)."""
+    magnitude = x.abs()
+    kept = max(1, round(share * x.shape[-1]))
+    return magnitude >= magnitude.topk(kept, dim=-1).values[..., -1:]
+
+
 def fake_quantize_activation(
-    x: Tensor, bits: int = 8, quant_lambda: float = 1.0, rounding: Rounding = "divide"
+    x: Tensor,
+    bits: int = 8,
+    quant_lambda: float = 1.0,
+    rounding: Rounding = "divide",
+    kept_share: float = 1.0,
 ) -> Tensor:
     """``code * scale`` of activations ``[..., K]``, per token, straight-through, in the input's dtype.
 
-    ``rounding`` concerns 8 bits; codes of 4 bits are always those of ``divide``.
+    ``rounding`` concerns 8 bits; codes of 4 bits are always those of ``divide``. Below 1, ``kept_share`` sets the codes
+    of all but that share of a token's largest inputs to zero; the scale is that of all.
     """
     with torch.no_grad():
         if bits == 8 and rounding == "multiply":
@@ -276,6 +289,8 @@ def fake_quantize_activation(
         else:
             code, scale = quantize_int8(x) if bits == 8 else quantize_int4(x)
             quantized = (code * scale).to(x.dtype)
+        if kept_share < 1.0:
+            quantized = torch.where(is_among_largest(x, kept_share), quantized, 0.0)
         if quant_lambda != 1.0:
             quantized = torch.lerp(x, quantized, quant_lambda)
     return straight_through(x, quantized)

@@ -89,6 +89,7 @@ def install_bitlinears(model: nn.Module, family: Family, spec: TernarySpec, norm
             spec=spec,
             norm_eps=norm_eps if has_norm(name, family, spec.norm_sites) else None,
             hadamard_block=blocks.get(site, 0) if site else 0,
+            output_site=site,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
