@@ -2,6 +2,7 @@
 numpy quantised, and one answer whether states come from a cache, behind padding or in one pass.
 """
 
+import json
 import sys
 
 import numpy as np
@@ -235,3 +236,38 @@ def test_an_attention_function_that_was_not_tried_is_refused(batch):
     model.config._attn_implementation = "flash_attention_2"
     with pytest.raises(ValueError, match=r"flash_attention_2.*sdpa, eager"):
         model(**batch)
+
+
+# --- the command line ---
+
+
+def test_trained_bits_and_bits_given_to_eval_are_the_same(cli, project, llama, student, tmp_path):
+    low = tmp_path / "low"
+    bits = ("--set", "refine.kv_bits=3", "--set", "refine.query_bits=4")
+    assert cli("refine", project, "--source", llama, "--output", low, *bits).status == 0
+
+    def perplexity(model, *options):
+        done = cli("eval", project, model, "--perplexity", *options, "--json", tmp_path / "found.json")
+        assert done.status == 0, done.err
+        return json.loads((tmp_path / "found.json").read_text())["perplexity"]
+
+    plain = perplexity(student)
+    assert perplexity(low) == perplexity(student, "--query-bits", "4", "--kv-bits", "3") != plain
+    assert perplexity(low, "--query-bits", "16", "--kv-bits", "16") == plain
+    exported = cli("export", low, tmp_path / "packed")
+    assert exported.status == 1
+    assert "query_bits" in exported.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--kv-bits", "5"), "kv_bits = 5: use one of 16, 8, 4, 3"),
+        (("--kv-bits", "4", "--engine"), "leave out --engine"),
+        (("--sparsity",), "give it with --perplexity"),
+    ],
+)
+def test_options_of_eval_that_mean_nothing_are_refused(cli, project, student, options, words):
+    done = cli("eval", project, student, *options)
+    assert done.status == 1
+    assert words in done.err
