@@ -1,4 +1,4 @@
-"""Post-training quantisation of a trained BitNet b1.58 to 4-bit activations, as in table 4 of BitNet v2: one JSON report.
+"""Post-training quantisation of a trained BitNet b1.58 to 4-bit activations, as in table 4 of BitNet v2: a JSON report.
 
     python benchmarks/bitnet_v2/post_training.py recipe.toml runs/name/base --output post_training.json
 
