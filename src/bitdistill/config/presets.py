@@ -10,7 +10,7 @@ _TIPS = {
     "weight_decay": 0.1,
     "weight_decay_schedule": "half_then_zero",
 }
-# BitNet v2 (arXiv 2504.18415), tables 8 and 9: two stages as in the tips, INT4 activations in the last 5 % of steps.
+# BitNet v2 (2504.18415), tables 8 and 9: two stages as in the tips, INT4 activations in the last 5 % of the steps.
 # The tokenizer is not named; the size is LLaMA's. 375 of 100,000 steps (of a million tokens) are warm-up.
 _V2 = _TIPS | {
     "architecture": "bitnet_v2",
