@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from .cli_output import JsonFile, KvCache, Overrides, RecipeFile, console, load, write_json_to
+from .cli_output import (
+    JsonFile,
+    KvBits,
+    KvCache,
+    Overrides,
+    QueryBits,
+    RecipeFile,
+    console,
+    load,
+    write_json_to,
+)
 from .errors import ConfigError
 
 
@@ -23,37 +33,53 @@ def evaluate(
     perplexity: Annotated[
         bool, typer.Option(help="Perplexity on the corpus's held-out part instead.")
     ] = False,
+    sparsity: Annotated[
+        bool, typer.Option(help="Share of zeros among the inputs of ternary linears on that part, too.")
+    ] = False,
     engine: Annotated[
         bool, typer.Option("--engine", help="SOURCE is an exported model: run it in the CPU engine.")
     ] = False,
     kv_cache: KvCache = "fp16",
+    query_bits: QueryBits = None,
+    kv_bits: KvBits = None,
     set_: Overrides = None,
     json_path: JsonFile = None,
 ) -> None:
     """Evaluate a checkpoint on the recipe's task, or its perplexity; in torch, or an exported one in the engine."""
     from . import deploy, pipeline
     from .data.tasks import load_task
+    from .evaluate import OWN_BITS, StateBits
 
     config = load(recipe, set_)
     if split not in ("test", "validation"):
         raise ConfigError(f"--split {split}: use test or validation")
     if kv_cache != "fp16" and not engine:
         raise ConfigError("--kv-cache is of the engine; give it with --engine")
+    bits = StateBits(query_bits, kv_bits)
+    if engine and bits != OWN_BITS:
+        raise ConfigError("--query-bits and --kv-bits are of torch; leave out --engine")
+    if sparsity and (engine or not perplexity):
+        raise ConfigError(
+            "--sparsity is counted in torch on the held-out part: give it with --perplexity alone"
+        )
     if perplexity:
         if engine:
             value = deploy.engine_perplexity(config, source, kv_cache=kv_cache)
         else:
-            value = pipeline.heldout_perplexity(config, source)
+            value = pipeline.heldout_perplexity(config, source, bits)
         result: dict[str, Any] = {"perplexity": value}
+        if sparsity:
+            result |= pipeline.heldout_sparsity(config, source)
     else:
         task = load_task(config.task)
         if engine:
             found = deploy.evaluate_engine(config, task, source, split, kv_cache=kv_cache)
         else:
-            found = pipeline.evaluate_model(config, task, source, split)
+            found = pipeline.evaluate_model(config, task, source, split, bits)
         result = {found.metric: found.value, "stderr": found.stderr, "items": len(found.items)}
         result |= {name: score.value for name, score in found.others.items()}
     result = {"source": source, "split": "heldout" if perplexity else split} | result
+    result |= {key: value for key, value in bits._asdict().items() if value is not None}
     console.print(
         "  ".join(f"{k} {v:.4f}" if isinstance(v, float) else f"{k} {v}" for k, v in result.items()),
         highlight=False,
@@ -71,6 +97,8 @@ def lm_eval(
     num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", help="Examples in the prompt.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first items of every task.")] = None,
     kv_cache: KvCache = "fp16",
+    query_bits: QueryBits = None,
+    kv_bits: KvBits = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,
     json_path: JsonFile = None,
 ) -> None:
@@ -84,6 +112,8 @@ def lm_eval(
         num_fewshot=num_fewshot,
         limit=limit,
         kv_cache=kv_cache,
+        query_bits=query_bits,
+        kv_bits=kv_bits,
         chat=chat,
     )
     console.print(table, highlight=False, soft_wrap=True)

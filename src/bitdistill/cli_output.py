@@ -24,6 +24,13 @@ JsonFile = Annotated[
 KvCache = Annotated[
     Literal["fp16", "int8", "fp32"], typer.Option("--kv-cache", help="How the engine keeps keys and values.")
 ]
+QueryBits = Annotated[
+    int | None, typer.Option("--query-bits", help="Quantise queries, in torch: 8 or 4 bits, or 16 for not.")
+]
+KvBits = Annotated[
+    int | None,
+    typer.Option("--kv-bits", help="Quantise keys and values, in torch: 8, 4 or 3 bits, or 16 for not."),
+]
 
 
 def write_json_to(path: Path | None, value: Any) -> None:

@@ -9,7 +9,7 @@ logit.
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn import functional as F
@@ -24,14 +24,44 @@ from .data.corpus import PackedSequences
 from .data.prompts import PromptEncoder
 from .data.segments import SegmentSequences
 from .data.tasks import Example
-from .errors import CheckpointError
+from .errors import CheckpointError, ConfigError
 from .metrics import Evaluation, Score, judge_summaries
+from .model import quantize_states
 from .processes import process_state
 from .train.encoder_objective import class_logits
 from .train.loading import is_encoder
 
 BATCH_TOKENS = 4096
 """Padded tokens of an evaluation batch."""
+
+
+class StateBits(NamedTuple):
+    """Bits of attention's queries, and of its keys and values, that a model is judged at; None leaves it its own."""
+
+    query_bits: int | None = None
+    kv_bits: int | None = None
+
+    def apply(self, model: PreTrainedModel) -> PreTrainedModel:
+        """Quantise the model's states in place, which are not trained for it (BitNet v2, tables 2 and 3); returns it.
+
+        Raises:
+            ConfigError: no such bits, or the model has no causal attention.
+        """
+        if self == OWN_BITS:
+            return model
+        own = getattr(model.config, "ternary", {})
+        query_bits, kv_bits = (
+            own.get(key, 16) if bits is None else bits for key, bits in self._asdict().items()
+        )
+        try:
+            quantize_states(model, query_bits, kv_bits)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        return model
+
+
+OWN_BITS = StateBits()
+"""A model as it is."""
 
 
 class Scorer(Protocol):

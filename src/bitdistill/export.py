@@ -151,6 +151,17 @@ def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
             f"{source}: activations of 16 bits (ternary.activation_bits) have no kernel in the engine; train the "
             "student with activation_bits = 8"
         )
+    specs = {m.spec for m in model.modules() if isinstance(m, BitLinear)}
+    if any(spec.activation_bits == 4 and spec.int4_sites != "all" for spec in specs):
+        raise CheckpointError(
+            f"{source}: its activations have bits and zeros by site (ternary.int4_sites, BitNet a4.8), for which the "
+            "engine has no kernels. Use the student with transformers, or train one with another architecture"
+        )
+    if any((spec.query_bits, spec.kv_bits) != (16, 16) for spec in specs):
+        raise CheckpointError(
+            f"{source}: it was trained with queries, keys or values of few bits (ternary.query_bits, kv_bits), which "
+            "the engine does not quantise alike. Use the student with transformers, or train one with both at 16"
+        )
     if any(m.spec.dead_zone_bias for m in model.modules() if isinstance(m, BitLinear)):
         raise CheckpointError(
             f"{source}: its dead weights make a bias in every ternary linear (ternary.dead_zone_bias), which the "

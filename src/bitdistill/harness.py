@@ -160,7 +160,13 @@ class TorchLM(ScorerLM):
     """A student or any other causal LM in torch."""
 
     def __init__(
-        self, pretrained: str, revision: str | None = None, max_length: int | None = None, **others: Any
+        self,
+        pretrained: str,
+        revision: str | None = None,
+        max_length: int | None = None,
+        query_bits: int | None = None,
+        kv_bits: int | None = None,
+        **others: Any,
     ) -> None:
         """Load a checkpoint folder or hub model.
 
@@ -168,16 +174,17 @@ class TorchLM(ScorerLM):
             pretrained: folder or hub id.
             revision: hub revision.
             max_length: tokens of context to use; the model's own if not given.
+            query_bits: of the queries, and ``kv_bits`` of the keys and values; the model's own if not given.
             others: what lm-eval's command line always gives (batch_size, device); batches are by tokens here and
                 the device is the process's.
         """
         del others
-        from .evaluate import TorchScorer
+        from .evaluate import StateBits, TorchScorer
         from .train.loading import load_model, load_tokenizer
 
         super().__init__()
         self.tokenizer = load_tokenizer(pretrained, revision)
-        model = load_model(pretrained, revision)
+        model = StateBits(query_bits, kv_bits).apply(load_model(pretrained, revision))
         self.scorer = TorchScorer(model, self.tokenizer)
         self.max_length = max_length or int(model.config.max_position_embeddings)
 
@@ -271,6 +278,8 @@ def run(
     num_fewshot: int | None = None,
     limit: int | None = None,
     kv_cache: CacheForm = "fp16",
+    query_bits: int | None = None,
+    kv_bits: int | None = None,
     chat: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Judge a checkpoint, or an exported model in the engine, on tasks of lm-eval: its results, and its table.
@@ -290,8 +299,14 @@ def run(
     packed = is_packed(Path(source))
     if kv_cache != "fp16" and not packed:
         raise ConfigError("--kv-cache is of the engine; give it with an exported model")
+    if packed and (query_bits or kv_bits):
+        raise ConfigError("--query-bits and --kv-bits are of torch; give them with a checkpoint")
+    if packed:
+        model: ScorerLM = EngineLM(source, kv_cache=kv_cache)
+    else:
+        model = TorchLM(source, query_bits=query_bits, kv_bits=kv_bits)
     results = lm_eval.simple_evaluate(
-        model=EngineLM(source, kv_cache=kv_cache) if packed else TorchLM(source),
+        model=model,
         tasks=list(tasks),
         num_fewshot=num_fewshot,
         limit=limit,

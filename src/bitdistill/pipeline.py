@@ -26,7 +26,9 @@ from .data.prompts import PromptEncoder
 from .data.tasks import Task, load_task
 from .errors import ConfigError
 from .evaluate import (
+    OWN_BITS,
     Scorer,
+    StateBits,
     TorchScorer,
     evaluate_classification,
     evaluate_classification_by_generation,
@@ -37,6 +39,7 @@ from .evaluate import (
 from .metrics import Evaluation, check_installed, judge_summaries, scores_as_dict
 from .processes import is_main_process, on_main_process
 from .recipe import to_dict
+from .sparsity import counting, sparsity
 from .train import base, sft, stage1_refine, stage2_pretrain, stage3_distill
 from .train.encoder import (
     check_finished_classifier,
@@ -306,16 +309,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
-def evaluate_model(recipe: Recipe, task: Task, source: str | Path, split: str) -> Evaluation:
+def evaluate_model(
+    recipe: Recipe, task: Task, source: str | Path, split: str, bits: StateBits = OWN_BITS
+) -> Evaluation:
     """Evaluate any checkpoint on ``validation`` or ``test``."""
     revision = recipe.revision_of(source)
     config = load_config(source, revision)
     check_recipe(recipe, config, distill=False)
     tokenizer = load_tokenizer(source, revision)
     if is_encoder(config):
-        model = load_finished_classifier(source, revision, task)
+        model = bits.apply(load_finished_classifier(source, revision, task))
         return evaluate_classifier(model, tokenizer, task.part(split), recipe.task.max_length)
-    scorer = TorchScorer(load_model(source, revision), tokenizer)
+    scorer = TorchScorer(bits.apply(load_model(source, revision)), tokenizer)
     return evaluate_scorer(recipe, task, scorer, tokenizer, split)
 
 
@@ -342,7 +347,7 @@ def baselines(task: Task) -> dict[str, dict[str, float]]:
     return {"lead-3": {found.metric: found.value} | {key: score.value for key, score in found.others.items()}}
 
 
-def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
+def heldout_perplexity(recipe: Recipe, source: str | Path, bits: StateBits = OWN_BITS) -> float:
     """Perplexity of a checkpoint on the part of the corpus that no training step reads.
 
     Raises:
@@ -355,8 +360,17 @@ def heldout_perplexity(recipe: Recipe, source: str | Path) -> float:
             "text has no probability; leave the option out to judge it on the task"
         )
     tokenizer = load_tokenizer(source, recipe.revision_of(source))
-    model = load_model(source, recipe.revision_of(source))
+    model = bits.apply(load_model(source, recipe.revision_of(source)))
     return TorchScorer(model, tokenizer).perplexity(heldout_sequences(recipe, tokenizer))
+
+
+def heldout_sparsity(recipe: Recipe, source: str | Path) -> dict[str, float]:
+    """Share of zeros that a student's ternary linears meet on the held-out part; see ``sparsity``."""
+    tokenizer = load_tokenizer(source, recipe.revision_of(source))
+    model = load_model(source, recipe.revision_of(source))
+    with counting(model) as count:
+        TorchScorer(model, tokenizer).perplexity(heldout_sequences(recipe, tokenizer))
+    return sparsity(model, count)
 
 
 def heldout_sequences(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PackedSequences:

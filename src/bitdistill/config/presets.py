@@ -173,6 +173,17 @@ BASE_PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# BitNet a4.8 (arXiv 2411.04965): the layout of the tips' models, 375 of 100,000 steps of warm-up, hybrid activations in
+# the last 5 % of the steps. The learning rates of its 7B are not known to us.
+_A4_8 = {"architecture": "bitnet_a4_8", "int4_activations_ratio": 0.05}
+BASE_PRESETS |= {
+    name.replace("bitnet-", "bitnet-a4.8-"): BASE_PRESETS[name] | _A4_8 | {"warmup_ratio": 0.00375}
+    for name in ("bitnet-700m", "bitnet-1.3b", "bitnet-3b")
+}
+BASE_PRESETS |= {
+    name.replace("-v2-", "-a4.8-"): BASE_PRESETS[name] | _A4_8 for name in ("bitnet-v2-1.5m", "bitnet-v2-5m")
+}
+
 
 def with_base_preset(section: dict[str, Any], preset: str) -> dict[str, Any]:
     """A ``[base]`` section on top of a preset, without what the section's own keys leave no use for."""

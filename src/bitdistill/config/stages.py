@@ -21,6 +21,10 @@ class RefineConfig:
     """Input features per scale when granularity is ``block``."""
     activation_bits: Literal[4, 8, 16] = 8
     """Activation precision of ternary linears; 16 leaves activations alone."""
+    query_bits: Literal[16, 8, 4] = 16
+    """Bits of attention's queries, trained with and kept by the student; 16 leaves them alone. Decoders only."""
+    kv_bits: Literal[16, 8, 4, 3] = 16
+    """Bits of keys and values, those of a sequence's first token being 8; 16 leaves them alone. Decoders only."""
     scale: Literal["absmean", "learned"] = "absmean"
     """Scale of ternary weights: computed from the latents, or a parameter that starts there and is trained (LSQ)."""
     initialisation: Literal["absmean", "gptq", "awq"] = "absmean"

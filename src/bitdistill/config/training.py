@@ -144,7 +144,7 @@ class CorpusTrainingConfig(TrainingConfig):
             check_unused(self, section, ("eval_sequences",), "set eval_every")
 
 
-BITNETS = ("bitnet", "bitnet_v2")
+BITNETS = ("bitnet", "bitnet_v2", "bitnet_a4_8")
 """Architectures of a base that is ternary from its first step."""
 
 SIZES = (
@@ -166,9 +166,11 @@ SHAPE = ("architecture", "tokenizer", "vocab_size", *SIZES, "tie_word_embeddings
 class BaseConfig(CorpusTrainingConfig):
     """A base made from scratch: full precision, where no trained one can be had, or a native BitNet b1.58."""
 
-    architecture: Literal["qwen3", "llama", "bitnet", "bitnet_v2"] = "qwen3"
+    architecture: Literal["qwen3", "llama", "bitnet", "bitnet_v2", "bitnet_a4_8"] = "qwen3"
     """``bitnet``: SubLN, squared ReLU and no biases, as BitNet b1.58 2B4T (Hugging Face's ``BitNetForCausalLM``);
-    ``bitnet_v2``: a Llama's student with SubLN and a Hadamard transform before o_proj and down_proj."""
+    ``bitnet_v2``: a Llama's student with SubLN and a Hadamard transform before o_proj and down_proj; ``bitnet_a4_8``:
+    one with SubLN and squared ReLU, whose 4-bit activations are BitNet a4.8's hybrid: 4 bits before q, k, v, gate and
+    up, 8 bits before o_proj, of the larger half alone, and before down_proj."""
     ternary: bool | None = None
     """Train with ternary linears, which the two BitNets are built for and do unless this is false: false makes the
     full-precision twin, with the same initial weights and the same order of tokens."""
@@ -211,8 +213,8 @@ class BaseConfig(CorpusTrainingConfig):
             not self.ternary or self.architecture in BITNETS,
             "base.ternary",
             self.ternary,
-            'only architecture = "bitnet" and "bitnet_v2" have the norms for it; another base turns ternary by '
-            "bitdistill refine",
+            'only architecture = "bitnet", "bitnet_v2" and "bitnet_a4_8" have the norms for it; another base turns '
+            "ternary by bitdistill refine",
         )
         check(
             self.vocab_size >= 260,
@@ -257,10 +259,11 @@ class BaseConfig(CorpusTrainingConfig):
     def _check_v2(self) -> None:
         ratio, block = self.int4_activations_ratio, self.hadamard_block
         check(
-            not ratio or self.architecture == "bitnet_v2" or bool(self.continue_from),
+            not ratio or self.architecture in ("bitnet_v2", "bitnet_a4_8") or bool(self.continue_from),
             "base.int4_activations_ratio",
             ratio,
-            f'architecture = "{self.architecture}" has no place for 4-bit activations; use "bitnet_v2"',
+            f'architecture = "{self.architecture}" has no place for 4-bit activations; use "bitnet_v2" or '
+            '"bitnet_a4_8"',
         )
         if self.architecture != "bitnet_v2":
             check_unused(self, "base", ("hadamard_block",), 'set architecture = "bitnet_v2"')

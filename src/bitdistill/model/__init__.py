@@ -7,6 +7,7 @@ every student checkpoint.
 from .families import FAMILIES, Family, ends_in, family_of, find_family
 from .hadamard import HADAMARD_SITES
 from .layers import BitLinear, SubLN, TernarySpec
+from .low_bit_states import KV_BITS, QUERY_BITS, quantize_states
 from .students import STUDENT_CLASSES, register_students, student_class
 
 register_students()
@@ -14,6 +15,8 @@ register_students()
 __all__ = [
     "FAMILIES",
     "HADAMARD_SITES",
+    "KV_BITS",
+    "QUERY_BITS",
     "STUDENT_CLASSES",
     "BitLinear",
     "Family",
@@ -22,6 +25,7 @@ __all__ = [
     "ends_in",
     "family_of",
     "find_family",
+    "quantize_states",
     "register_students",
     "student_class",
 ]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .hadamard import HADAMARD_SITES, hadamard_transform, resolve_block
+from .low_bit_states import KV_BITS, QUERY_BITS
 from .quant import (
     Granularity,
     Rounding,
@@ -33,6 +34,11 @@ GRANULARITIES = ("tensor", "channel", "block")
 ACTIVATION_BITS = (4, 8, 16)
 ROUNDINGS = ("divide", "multiply")
 SCALES = ("absmean", "learned")
+INT4_SITES = ("all", "inputs")
+TOP_K_SHARE = 0.5
+"""Share of o_proj's inputs that BitNet a4.8 keeps of a token."""
+OPTIONAL = {"dead_zone_bias": 0.0, "hadamard": {}, "int4_sites": "all", "query_bits": 16, "kv_bits": 16}
+"""Keys that came later -> the value that stands for their absence in ``config.json``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +65,13 @@ class TernarySpec:
     hadamard: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
     """Site of HADAMARD_SITES -> features of a block of the Hadamard transform before its activation quantiser; kept as
     pairs. 0 asks for the largest block; a student's own config has it resolved."""
+    int4_sites: str = "all"
+    """Where activations of 4 bits are: ``all`` linears, or ``inputs``, those that read the residual stream, while
+    o_proj and down_proj keep 8 bits, o_proj those of its larger half alone (BitNet a4.8)."""
+    query_bits: int = 16
+    """Bits of the queries (``low_bit_states.py``); 16 leaves them alone."""
+    kv_bits: int = 16
+    """Bits of the keys and values; 16 leaves them alone."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -67,6 +80,9 @@ class TernarySpec:
             ("activation_bits", self.activation_bits, ACTIVATION_BITS),
             ("rounding", self.rounding, ROUNDINGS),
             ("scale", self.scale, SCALES),
+            ("int4_sites", self.int4_sites, INT4_SITES),
+            ("query_bits", self.query_bits, QUERY_BITS),
+            ("kv_bits", self.kv_bits, KV_BITS),
         ):
             if value not in allowed:
                 raise ValueError(f"ternary.{name} = {value!r}: use one of {', '.join(map(str, allowed))}")
@@ -94,10 +110,8 @@ class TernarySpec:
     def to_dict(self) -> dict:
         """The form that ``config.json`` holds."""
         values = asdict(self) | {"skip": list(self.skip), "hadamard": dict(self.hadamard)}
-        for key in ("dead_zone_bias", "hadamard"):
-            if not values[key]:
-                del values[key]  # so that students without it stay what they were before there was such a key
-        return values
+        # Students without a later key stay what they were before there was one.
+        return {k: v for k, v in values.items() if k not in OPTIONAL or v != OPTIONAL[k]}
 
 
 class SubLN(nn.Module):
@@ -124,7 +138,8 @@ class BitLinear(nn.Linear):
     Shapes: ``[..., in_features] -> [..., out_features]``. ``quant_lambda`` is the warm-up coefficient that the
     trainer moves from 0 to 1; evaluation always uses 1, so a model is judged as it will be exported. So it is with
     ``soft_temperature``: above 0 the weights of a training step have soft codes at that temperature.
-    ``hadamard_block``: features of a block of the Hadamard transform of the input; 0 leaves it out.
+    ``hadamard_block``: features of a block of the Hadamard transform of the input; 0 leaves it out. ``output_site``:
+    which of HADAMARD_SITES it is, if one.
     """
 
     def __init__(
@@ -136,6 +151,7 @@ class BitLinear(nn.Linear):
         spec: TernarySpec,
         norm_eps: float | None,
         hadamard_block: int = 0,
+        output_site: str | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -144,6 +160,7 @@ class BitLinear(nn.Linear):
             resolve_block(in_features, hadamard_block)
         self.spec = spec
         self.hadamard_block = hadamard_block
+        self.output_site = output_site
         self.quant_lambda = 1.0
         self.soft_temperature = 0.0
         self.norm = SubLN(in_features, norm_eps).to(device=device) if norm_eps is not None else None
@@ -171,13 +188,20 @@ class BitLinear(nn.Linear):
             x = self.norm(x)
         return hadamard_transform(x, self.hadamard_block) if self.hadamard_block else x
 
+    def quantized_inputs(self, x: Tensor, quant_lambda: float = 1.0) -> Tensor:
+        """What the weight multiplies: ``inputs`` of ``x`` ``[..., K]``, quantised, in the dtype of ``x``."""
+        spec, dtype = self.spec, x.dtype
+        bits, kept = spec.activation_bits, 1.0
+        if bits == 4 and spec.int4_sites == "inputs" and self.output_site is not None:
+            bits, kept = 8, TOP_K_SHARE if self.output_site == "o_proj" else 1.0
+        x = self.inputs(x)
+        if bits < 16:
+            x = fake_quantize_activation(x, bits, quant_lambda, spec.rounding, kept)
+        return x.to(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         quant_lambda = self.quant_lambda if self.training else 1.0
-        dtype = x.dtype
-        x = self.inputs(x)
-        if self.spec.activation_bits < 16:
-            x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda, self.spec.rounding)
-        x = x.to(dtype)
+        x = self.quantized_inputs(x, quant_lambda)
         bias = self._bias(quant_lambda)
         if self.training and self.soft_temperature > 0:
             spec = self.spec

@@ -7,6 +7,7 @@ fp32 whatever the input dtype, because a mean over millions of bf16 magnitudes i
 absmean weights   (b1.58, eq. 1-3)  scale = mean|W|,     code = clip(round(W / scale), -1, 1)
 absmax INT8       (b1.58, eq. 4)    scale = max|x| / 127, code = clip(round(x / scale), -128, 127)
 absmean INT4      (BitNet v2, eq. 5) scale = mean|x| / sqrt(7), code = clip(round(x / scale), -8, 7)
+attention states  (BitNet v2)       step = max|x| / (2^(b-1) - 1), code = clip(round(x / step) + 2^(b-1), 0, 2^b - 1)
 
 learned weights   (LSQ, arXiv 1902.08153) scale is a parameter, code as above; gradients of eq. 3 and 5
 
@@ -120,6 +121,20 @@ def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     scale = x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS) / math.sqrt(7)
     return (x / scale).round().clamp(-8, 7), scale
+
+
+def quantize_state(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Unsigned absmax codes of queries, keys or values ``[..., head_dim]``, per token and head (BitNet v2).
+
+    Returns:
+        code, shaped like ``x``, fp32 integers in [1, 2^bits - 1] (0 is in the clip range but absmax never reaches it),
+        and step ``[..., 1]``, 1 where a head is all zero: ``x ~= (code - 2^(bits-1)) * step``.
+    """
+    x = x.float()
+    zero = 2 ** (bits - 1)
+    step = x.abs().amax(dim=-1, keepdim=True) / (zero - 1)
+    step = torch.where(step == 0, 1.0, step)
+    return ((x / step).round() + zero).clamp(0, 2 * zero - 1), step
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -247,12 +262,25 @@ def soft_ternarize(
     return soft.to(latent.dtype)  # type: ignore[no-any-return]
 
 
+def is_among_largest(x: Tensor, share: float) -> Tensor:
+    """Bool mask of the entries of ``x`` ``[..., K]`` among the ``round(share * K)`` largest magnitudes of their row, at
+    least one; entries that tie with the last of them are in, too (top-k of BitNet a4.8, arXiv 2411.04965)."""
+    magnitude = x.abs()
+    kept = max(1, round(share * x.shape[-1]))
+    return magnitude >= magnitude.topk(kept, dim=-1).values[..., -1:]
+
+
 def fake_quantize_activation(
-    x: Tensor, bits: int = 8, quant_lambda: float = 1.0, rounding: Rounding = "divide"
+    x: Tensor,
+    bits: int = 8,
+    quant_lambda: float = 1.0,
+    rounding: Rounding = "divide",
+    kept_share: float = 1.0,
 ) -> Tensor:
     """``code * scale`` of activations ``[..., K]``, per token, straight-through, in the input's dtype.
 
-    ``rounding`` concerns 8 bits; codes of 4 bits are always those of ``divide``.
+    ``rounding`` concerns 8 bits; codes of 4 bits are always those of ``divide``. Below 1, ``kept_share`` sets the codes
+    of all but that share of a token's largest inputs to zero; the scale is that of all.
     """
     with torch.no_grad():
         if bits == 8 and rounding == "multiply":
@@ -261,6 +289,16 @@ def fake_quantize_activation(
         else:
             code, scale = quantize_int8(x) if bits == 8 else quantize_int4(x)
             quantized = (code * scale).to(x.dtype)
+        if kept_share < 1.0:
+            quantized = torch.where(is_among_largest(x, kept_share), quantized, 0.0)
         if quant_lambda != 1.0:
             quantized = torch.lerp(x, quantized, quant_lambda)
+    return straight_through(x, quantized)
+
+
+def fake_quantize_state(x: Tensor, bits: int) -> Tensor:
+    """What the codes of ``quantize_state`` stand for, straight-through, in the input's dtype."""
+    with torch.no_grad():
+        code, step = quantize_state(x, bits)
+        quantized = ((code - 2 ** (bits - 1)) * step).to(x.dtype)
     return straight_through(x, quantized)

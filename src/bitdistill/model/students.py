@@ -19,6 +19,7 @@ from transformers import initialization as init
 from .families import FAMILIES, Family, ends_in
 from .hadamard import HADAMARD_SITES, resolve_block
 from .layers import BitLinear, SubLN, TernarySpec
+from .low_bit_states import quantize_states
 from .quant import Granularity  # noqa: F401  transformers before 5.10 copies only the files that this one imports
 
 
@@ -88,6 +89,7 @@ def install_bitlinears(model: nn.Module, family: Family, spec: TernarySpec, norm
             spec=spec,
             norm_eps=norm_eps if has_norm(name, family, spec.norm_sites) else None,
             hadamard_block=blocks.get(site, 0) if site else 0,
+            output_site=site,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
@@ -122,6 +124,7 @@ def _model_class(family: Family, student_config: Any, name: str) -> Any:
             super().__init__(config)
             spec = TernarySpec(**config.ternary)
             spec = install_bitlinears(self, family, spec, getattr(config, family.norm_eps))
+            quantize_states(self, spec.query_bits, spec.kv_bits)
             config.ternary = spec.to_dict()
             self.post_init()
 

@@ -3,8 +3,8 @@ BitNet v2.
 
 For machines and tests without a trained checkpoint at hand; the three stages treat a full-precision result like any
 model. A native BitNet (arXiv 2504.12285) is ternary from its first step and is not converted. Neither is a BitNet v2
-(arXiv 2504.18415), which is a student of the Llama family: that has its layers, and its checkpoint has a place for
-blocks and bits.
+(arXiv 2504.18415) or a BitNet a4.8 (arXiv 2411.04965), which are students of the Llama family: that has their
+layers, and its checkpoint has a place for blocks and bits.
 """
 
 from collections.abc import Callable
@@ -44,6 +44,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "llama": (LlamaConfig, LlamaForCausalLM),
     "bitnet": (BitNetConfig, BitNetForCausalLM),
     "bitnet_v2": (LlamaConfig, LlamaForCausalLM),
+    "bitnet_a4_8": (LlamaConfig, LlamaForCausalLM),
 }
 """``base.architecture`` -> config and model class."""
 
@@ -81,6 +82,8 @@ def _ternarise(config: BaseConfig) -> Callable[[PreTrainedModel], PreTrainedMode
         return None
     if config.architecture == "bitnet":
         return make_native
+    if config.architecture == "bitnet_a4_8":
+        return lambda model: refine(model, TernarySpec(int4_sites="inputs"))[0]
     spec = TernarySpec(hadamard=dict.fromkeys(HADAMARD_SITES, config.hadamard_block))
     return lambda model: refine(model, spec, fold=False)[0]
 
@@ -102,13 +105,15 @@ def _make_blank(recipe: Recipe, config: BaseConfig, folder: Path) -> dict:
 def blank_config(config: BaseConfig, **tokens: int | None) -> PretrainedConfig:
     """The model of a ``[base]`` section; ``tokens`` are its tokenizer's size and special ids, by config key."""
     config_class, _ = CLASSES[config.architecture]
-    values = {
+    values: dict[str, Any] = {
         "vocab_size": config.vocab_size,
         "bos_token_id": None,
         "eos_token_id": None,
         "pad_token_id": None,
         **tokens,
     }
+    if config.architecture == "bitnet_a4_8":
+        values["hidden_act"] = "relu2"
     return config_class(  # type: ignore[no-any-return]
         hidden_size=config.hidden_size,
         intermediate_size=config.intermediate_size,

@@ -31,7 +31,7 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "refine": to_dict(config),
         "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
-    for key in ("dead_zone_bias", "hadamard", "hadamard_block", "hadamard_fold"):
+    for key in ("dead_zone_bias", "hadamard", "hadamard_block", "hadamard_fold", "query_bits", "kv_bits"):
         if getattr(config, key) == getattr(RefineConfig, key):
             del settings["refine"][key]  # a step made before there was such a key is the same step
     corpus_digest = source_digest(recipe.corpus) if config.is_calibrated else ""
@@ -82,5 +82,7 @@ def ternary_spec(config: RefineConfig) -> TernarySpec:
         skip=config.skip,
         scale=config.scale,
         dead_zone_bias=config.dead_zone_bias,
+        query_bits=config.query_bits,
+        kv_bits=config.kv_bits,
         hadamard=dict.fromkeys(HADAMARD_SITES if config.hadamard == "outputs" else (), config.hadamard_block),
     )

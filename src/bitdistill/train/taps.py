@@ -1,8 +1,9 @@
 """Read the Q, K and V states of chosen attention layers while a model runs.
 
 ``post_rope`` states are what the attention function receives (after q/k-norm and rotary embedding, key/value heads
-not repeated); they are read by an attention function registered with transformers that records its arguments
-and calls the ordinary one. ``pre_rope`` states are the outputs of the projections, read by forward hooks.
+not repeated, quantised where the model quantises them); they are read by an attention function registered with
+transformers that records its arguments and calls the ordinary one. ``pre_rope`` states are the outputs of the
+projections, read by forward hooks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -59,7 +60,8 @@ def capture(
         with _projection_hooks(modules, layers, captured):
             yield captured
         return
-    if layers and model.config._attn_implementation != TAPPED_SDPA:
+    # A student with low-bit states puts a name of its own before that of the function it wraps.
+    if layers and not model.config._attn_implementation.endswith(TAPPED_SDPA):
         # Kept from here on: without a sink it is the ordinary function, and the config does not save it.
         AttentionInterface.register(TAPPED_SDPA, _tapped_sdpa)
         AttentionMaskInterface.register(TAPPED_SDPA, sdpa_mask)
