@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "decoder.h"
+#include "low_bits.h"
 
 namespace bitdistill {
 namespace {
@@ -34,6 +35,10 @@ class AttentionPass {
       float* query = query_row(t) + (head * group + i) * dim;
       if (layer_.q_norm != nullptr) room_.rms_norm(query, layer_.q_norm, config_.rms_norm_eps, dim, query);
       turn(query, t);
+      if (config_.query_bits < 16) {
+        const LowBits low(query, dim, config_.query_bits);
+        for (size_t e = 0; e < dim; ++e) query[e] = low.value(query[e]);
+      }
     }
     store(t, head);
   }
@@ -103,6 +108,22 @@ class AttentionPass {
   size_t row_stride_;
 };
 
+// body(t, head) for every token and KV head, dealt by tokens; by heads where positions share bytes of a cache.
+template <class Body>
+void deal_states(Chunk chunk, size_t heads, const Workspace& work, Worker& worker, Body&& body) {
+  const size_t count = chunk.size();
+  const auto all = [&](Range tokens, Range of_heads) {
+    for (size_t t = tokens.begin; t < tokens.end; ++t) {
+      for (size_t head = of_heads.begin; head < of_heads.end; ++head) body(t, head);
+    }
+  };
+  if (work.shares_bytes) {
+    worker.deal(heads, 1, [&](Range part) { all({0, count}, part); });
+  } else {
+    worker.deal(count, kTokensDealt, [&](Range part) { all(part, {0, heads}); });
+  }
+}
+
 }  // namespace
 
 void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker) {
@@ -119,11 +140,7 @@ void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& wor
   // storing and reading.
   const bool one_each = work.one_token_each;
   if (!one_each) {
-    worker.deal(chunk.size(), kTokensDealt, [&](Range tokens) {
-      for (size_t t = tokens.begin; t < tokens.end; ++t) {
-        for (size_t head = 0; head < heads; ++head) pass.turn_and_store(t, head);
-      }
-    });
+    deal_states(chunk, heads, work, worker, [&](size_t t, size_t head) { pass.turn_and_store(t, head); });
     worker.barrier();
   }
   const size_t tiles = work.tiles.size();
@@ -137,11 +154,8 @@ void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& wor
 
 void store_keys(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker) {
   AttentionPass pass(model, layer, chunk, work, worker);
-  worker.deal(chunk.size(), kTokensDealt, [&](Range tokens) {
-    for (size_t t = tokens.begin; t < tokens.end; ++t) {
-      for (size_t head = 0; head < model.config().num_key_value_heads; ++head) pass.store(t, head);
-    }
-  });
+  deal_states(chunk, model.config().num_key_value_heads, work, worker,
+              [&](size_t t, size_t head) { pass.store(t, head); });
 }
 
 }  // namespace bitdistill
