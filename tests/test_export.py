@@ -258,6 +258,50 @@ def test_the_same_student_gives_the_same_bytes(student: Path, tmp_path: Path) ->
     assert (tmp_path / "a" / "digests.json").read_text() == (tmp_path / "b" / "digests.json").read_text()
 
 
+@pytest.mark.parametrize(
+    ("ternary", "version", "keys"),
+    [
+        ({"activation_bits": 4}, 2, {"activation_bits": 4}),
+        (
+            {"hadamard": {"o_proj": 8, "down_proj": 0}},
+            2,
+            {"activation_bits": 8, "hadamard": {"o_proj": 8, "down_proj": 16}},
+        ),
+        ({}, 1, {"activation_bits": 8}),
+    ],
+    ids=["a4", "hadamard", "plain"],
+)
+def test_a_file_says_what_a_reader_must_compute(
+    save_student: Callable[..., Path], tmp_path: Path, ternary: dict, version: int, keys: dict
+) -> None:
+    """Version 2 where a reader of version 1 would compute something else; the weights are packed as ever."""
+    student = save_student(tmp_path / "student", "llama", ternary)
+    export(student, tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    packed = config["packed"]
+    assert packed["format_version"] == version
+    assert {key: packed[key] for key in ("activation_bits", "hadamard") if key in packed} == keys
+    with safe_open(tmp_path / "packed" / "model.safetensors", "numpy") as stored:
+        assert stored.metadata()["format_version"] == str(version)
+        name = "model.layers.0.mlp.down_proj.weight"
+        latent = load_model(student).get_parameter(name).detach()
+        code = (latent / latent.abs().mean()).round().clamp(-1, 1)
+        assert np.array_equal(layout.unpack(stored.get_tensor(name), *latent.shape), code.numpy())
+
+
+@pytest.mark.parametrize(
+    "ternary", [{"activation_bits": 4}, {"hadamard": {"o_proj": 8}}], ids=["a4", "hadamard"]
+)
+def test_the_engine_refuses_what_it_would_compute_otherwise(
+    cli: Callable[..., Any], save_student: Callable[..., Path], tmp_path: Path, ternary: dict
+) -> None:
+    export(save_student(tmp_path / "student", "llama", ternary), tmp_path / "packed")
+    outcome = cli("generate", tmp_path / "packed", "the")
+    assert (outcome.status, len(outcome.err.strip().splitlines())) == (1, 1)
+    assert f"packed.{next(iter(ternary))} = " in outcome.err
+    assert cli("inspect", tmp_path / "packed").status == 0
+
+
 # --- refusals ---
 
 
@@ -272,7 +316,7 @@ def test_refusals(llama: Path, student: Path, save_student: Callable[..., Path],
     incomplete = tmp_path / "incomplete"
     shutil.copytree(student, incomplete)
     (incomplete / "model.safetensors").unlink()
-    four_bit = save_student(tmp_path / "a4", "llama", {"activation_bits": 4})
+    sixteen_bit = save_student(tmp_path / "a16", "llama", {"activation_bits": 16})
     biased = save_student(tmp_path / "biased", "llama", {"dead_zone_bias": 1e-3})
     export(student, tmp_path / "packed")
     for source, message in (
@@ -280,7 +324,7 @@ def test_refusals(llama: Path, student: Path, save_student: Callable[..., Path],
         (half, "has not finished"),
         (running, "has not finished"),
         (incomplete, "does not load"),
-        (four_bit, "activations of 4 bits"),
+        (sixteen_bit, "activations of 16 bits"),
         (biased, "no place for. .* refine.dead_zone_bias = 0"),
         (tmp_path / "packed", "exported model already"),
         (tmp_path / "nothing", "no such folder"),

@@ -260,6 +260,40 @@ def test_presets_of_native_models_have_the_size_and_the_rates_they_are_named_for
     )
 
 
+@pytest.mark.parametrize(
+    ("preset", "shape", "peaks"),
+    # BitNet v2, tables 8 and 9: width, feed-forward, heads, layers; learning rates of the two stages.
+    [
+        ("bitnet-v2-400m", (1024, 4096, 16, 24), (1.8e-3, 1.2e-3)),
+        ("bitnet-v2-1.3b", (2048, 8192, 32, 18), (1.2e-3, 8e-4)),
+        ("bitnet-v2-3b", (4096, 8192, 32, 20), (1.2e-3, 6.4e-4)),
+        ("bitnet-v2-7b", (4096, 16384, 32, 24), (1e-3, 6e-4)),
+    ],
+)
+def test_presets_of_bitnet_v2_are_the_papers(preset, shape, peaks):
+    base = build(base={"preset": preset}).base
+    keys = ("hidden_size", "intermediate_size", "num_attention_heads", "num_hidden_layers")
+    assert tuple(getattr(base, key) for key in keys) == shape
+    assert base.num_attention_heads * base.head_dim == base.hidden_size
+    assert base.num_key_value_heads == base.num_attention_heads
+    assert (base.learning_rate, base.learning_rate * base.two_stage_drop) == pytest.approx(peaks)
+    assert (base.architecture, base.ternary, base.int4_activations_ratio) == ("bitnet_v2", True, 0.05)
+    assert (base.schedule, base.weight_decay, base.weight_decay_schedule) == (
+        "two_stage",
+        0.1,
+        "half_then_zero",
+    )
+    assert (base.adam_beta2, base.max_position_embeddings) == (0.95, 2048)
+
+
+@pytest.mark.parametrize(("preset", "millions"), [("bitnet-v2-1.5m", 1.5), ("bitnet-v2-5m", 5)])
+def test_small_presets_of_bitnet_v2_have_the_size_they_are_named_for(preset, millions):
+    base = build(base={"preset": preset}).base
+    layer = 4 * base.hidden_size**2 + 3 * base.hidden_size * base.intermediate_size
+    assert base.num_hidden_layers * layer / 1e6 == pytest.approx(millions, rel=0.1)
+    assert build(base={"preset": preset, "ternary": False}).base.ternary is False
+
+
 def test_keys_beside_a_preset_of_the_base_win_and_leave_nothing_unused():
     base = build("base.learning_rate=1", base={"preset": "bitnet-5m", "schedule": "cosine"}).base
     assert (base.learning_rate, base.schedule, base.two_stage_drop, base.hidden_size) == (

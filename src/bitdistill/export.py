@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .checkpoint import RUN_FILE, read_run, write_json, write_text
 from .errors import CheckpointError, ConfigError
 from .forms import FORMS, Form, plain_tensor, table_tensors
-from .layout import FORMAT_VERSION, LAYOUT, pack, packed_shape
+from .layout import FORMAT_VERSION, FORMAT_VERSION_V2, LAYOUT, pack, packed_shape
 from .model import BitLinear
 from .model.quant import ternarize
 from .model_card import model_card
@@ -79,8 +79,10 @@ def export(
     embedding_form: Form = embedding or (head if tied and head else "bf16")
     head_form: Form = embedding_form if tied else head or "bf16"
     tokenizer = load_tokenizer(source)
+    config = _config(model)
     with _appearing_at(output) as folder:
-        write_tensors(folder / WEIGHTS_FILE, packed_tensors(model, head_form, embedding_form))
+        tensors = packed_tensors(model, head_form, embedding_form)
+        write_tensors(folder / WEIGHTS_FILE, tensors, config["packed"]["format_version"])
         tokenizer.save_pretrained(folder)
         if not (folder / "tokenizer.json").is_file():
             raise CheckpointError(
@@ -88,7 +90,7 @@ def export(
                 "needs; convert the tokenizer with transformers' PreTrainedTokenizerFast"
             )
         model.generation_config.save_pretrained(folder)
-        write_json(folder / CONFIG_FILE, _config(model))
+        write_json(folder / CONFIG_FILE, config)
         write_text(folder / "README.md", model_card(source, model.config.model_type, licence))
         write_json(folder / DIGESTS_FILE, _digests(folder))
     return packed_facts(output)
@@ -144,11 +146,10 @@ def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
             f"{source}: the engine does not run models of type {model_type!r} yet; it runs {known}. Use the student "
             "with transformers (bitdistill eval, or AutoModelForCausalLM and trust_remote_code=True)"
         )
-    bits = {m.spec.activation_bits for m in model.modules() if isinstance(m, BitLinear)} or {8}
-    if bits != {8}:
+    if any(m.spec.activation_bits == 16 for m in model.modules() if isinstance(m, BitLinear)):
         raise CheckpointError(
-            f"{source}: activations of {bits.pop()} bits (ternary.activation_bits) have no kernel in the engine; "
-            "train the student with activation_bits = 8"
+            f"{source}: activations of 16 bits (ternary.activation_bits) have no kernel in the engine; train the "
+            "student with activation_bits = 8"
         )
     if any(m.spec.dead_zone_bias for m in model.modules() if isinstance(m, BitLinear)):
         raise CheckpointError(
@@ -247,15 +248,19 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
         config.pop(key, None)
     specs = [m.spec for m in model.modules() if isinstance(m, BitLinear)]
     granularity = specs[0].granularity if specs else "tensor"
+    bits = specs[0].activation_bits if specs else 8
+    hadamard = dict(specs[0].hadamard) if specs else {}
     config["model_type"] = model.config.model_type
     config["packed"] = {
-        "format_version": FORMAT_VERSION,
+        "format_version": FORMAT_VERSION_V2 if hadamard or bits != 8 else FORMAT_VERSION,
         "layout": LAYOUT,
         "granularity": granularity,
         "block_size": specs[0].block_size if granularity == "block" else None,
-        "activation_bits": 8,
+        "activation_bits": bits,
         "activation_rounding": specs[0].rounding if specs else "multiply",
     }
+    if hadamard:
+        config["packed"]["hadamard"] = hadamard
     return config
 
 

@@ -15,11 +15,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import CheckpointError
-from .layout import FORMAT_VERSION, LAYOUT, checksum
+from .layout import FORMAT_VERSION, FORMAT_VERSION_V2, LAYOUT, checksum
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
 DIGESTS_FILE = "digests.json"
+
+READ_VERSIONS = (FORMAT_VERSION, FORMAT_VERSION_V2)
 
 ELEMENT_BYTES = {"U8": 1, "I8": 1, "BF16": 2, "F32": 4}
 """Element types that a packed model may hold, by their safetensors names."""
@@ -59,11 +61,11 @@ class Entry:
     checksum: int | None
 
 
-def write_tensors(path: Path, tensors: Sequence[PackedTensor]) -> None:
-    """Write a data file: U8 tensors first, checksums in the header, data aligned."""
+def write_tensors(path: Path, tensors: Sequence[PackedTensor], version: int = FORMAT_VERSION) -> None:
+    """Write a data file: U8 tensors first, checksums in the header, data aligned; ``version`` is the format's."""
     ordered = sorted(tensors, key=lambda tensor: tensor.dtype != "U8")
     checksums = {tensor.name: "0" * _CHECKSUM_DIGITS for tensor in ordered}
-    header = _header(ordered, checksums)
+    header = _header(ordered, checksums, version)
     with path.open("wb") as stream:
         stream.write(header)
         for tensor in ordered:
@@ -73,16 +75,16 @@ def write_tensors(path: Path, tensors: Sequence[PackedTensor]) -> None:
             checksums[tensor.name] = f"{checksum(data):0{_CHECKSUM_DIGITS}x}"
             stream.write(data)
         stream.seek(0)
-        final = _header(ordered, checksums)
+        final = _header(ordered, checksums, version)
         assert len(final) == len(header)
         stream.write(final)
 
 
-def _header(tensors: Sequence[PackedTensor], checksums: dict[str, str]) -> bytes:
+def _header(tensors: Sequence[PackedTensor], checksums: dict[str, str], version: int) -> bytes:
     """Length and JSON text, padded with spaces; its size does not depend on the checksums' values."""
     header: dict[str, Any] = {
         "__metadata__": {
-            "format_version": str(FORMAT_VERSION),
+            "format_version": str(version),
             "layout": LAYOUT,
             "checksums": json.dumps(checksums, separators=(",", ":")),
         }
@@ -181,9 +183,10 @@ def _are_counts(values: Any) -> TypeGuard[list[int]]:
 def _check_versions(section: dict[str, Any], where: str) -> None:
     """Raise CheckpointError for a format version or layout this package does not read; absent keys pass."""
     version, layout = section.get("format_version"), section.get("layout")
-    if version is not None and str(version) != str(FORMAT_VERSION):
+    if version is not None and str(version) not in map(str, READ_VERSIONS):
+        known = " or ".join(map(str, READ_VERSIONS))
         raise CheckpointError(
-            f"{where}: format_version {version!r} is not {FORMAT_VERSION}, the one this version of bitdistill reads; "
+            f"{where}: format_version {version!r} is not {known}, those that this version of bitdistill reads; "
             "update bitdistill or export the student again"
         )
     if layout is not None and layout != LAYOUT:

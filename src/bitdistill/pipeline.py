@@ -89,7 +89,7 @@ class Method:
         sites = refine.norm_sites
         refined = dataclasses.replace(recipe, refine=refine)
         steps: list[tuple[str, StepRun, Recipe]] = [(f"refine-{sites}", stage1_refine.run, refined)]
-        if self.name == "bitdistill" and "no_pretrain" not in self.switches:
+        if self.has_stage_2:
             taught = dataclasses.replace(recipe, pretrain=recipe.pretrain.taught_by(str(source)))
             steps.append((f"pretrain-{sites}", stage2_pretrain.run, taught))
         return steps
@@ -98,6 +98,8 @@ class Method:
         self, recipe: Recipe, learning_rate: float | None, teacher: str | Path | None
     ) -> tuple[StepRun, Recipe]:
         """The task fine-tune of this method at one learning rate (None: the section's own)."""
+        if self.has_stage_2 and recipe.pretrain.int4_activations_ratio:
+            recipe = _with_activations_as_they_are(recipe)
         if self.name != "bitdistill" or "no_distill" in self.switches:
             config = recipe.sft
             if learning_rate is not None:
@@ -125,6 +127,18 @@ class Method:
     @property
     def needs_teacher(self) -> bool:
         return self.name == "bitdistill" and "no_distill" not in self.switches
+
+    @property
+    def has_stage_2(self) -> bool:
+        """Whether its student does; the full-precision control sees the same text and is none."""
+        return self.name == "bitdistill" and "no_pretrain" not in self.switches
+
+
+def _with_activations_as_they_are(recipe: Recipe) -> Recipe:
+    """For the fine-tune of a student that stage 2 left with 4-bit activations: there is nothing to switch."""
+    sft = dataclasses.replace(recipe.sft, int4_activations_ratio=0.0)
+    distill = dataclasses.replace(recipe.distill, int4_activations_ratio=0.0)
+    return dataclasses.replace(recipe, sft=sft, distill=distill)
 
 
 def ordered_methods(recipe: Recipe) -> list[Method]:
@@ -205,10 +219,10 @@ def _stored_result(path: Path, recipe: Recipe) -> dict[str, Any]:
 
 def check_base(recipe: Recipe) -> None:
     """A base that no method could start from is not made first."""
-    if recipe.base is not None and recipe.base.architecture == "bitnet":
+    if recipe.base is not None and (recipe.base.architecture == "bitnet" or recipe.base.ternary):
         raise ConfigError(
-            'base.architecture = "bitnet": run compares what becomes of a base that is converted, and a BitNet is not. '
-            "Make it with bitdistill base, then fine-tune it with bitdistill sft"
+            f'base.architecture = "{recipe.base.architecture}": run compares what becomes of a base that is '
+            "converted, and a BitNet is not. Make it with bitdistill base, then fine-tune it with bitdistill sft"
         )
     if recipe.base is not None and recipe.base.continue_from:
         check_family(recipe.base.continue_from)

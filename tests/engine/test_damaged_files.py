@@ -129,7 +129,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "config a list": (write("config.json", "[]"), "expected a JSON object, found list"),
     "not exported": (edit_config(lambda c: c.pop("packed")), "not an exported model.*bitdistill export"),
     "unknown family": (edit_config(lambda c: c.update(model_type="mamba")), "model_type 'mamba' is not one of"),
-    "format version": (edit_config(lambda c: c["packed"].update(format_version=2)), "format_version 2 is not 1"),
+    "format version": (edit_config(lambda c: c["packed"].update(format_version=3)), "format_version 3 is not 1 or 2"),
     "no version": (edit_config(lambda c: c["packed"].pop("format_version")), "packed.format_version is missing"),
     "layout": (edit_config(lambda c: c["packed"].update(layout="t5x64-v1")), "layout 't5x64-v1'"),
     "activation bits": (edit_config(lambda c: c["packed"].update(activation_bits=4)), "packed.activation_bits = 4"),

@@ -338,6 +338,8 @@ CHECKPOINTS = {
     ),
     "qwen3_learned_block": ("qwen3", {"scale": "learned", "granularity": "block", "block_size": 20}, {}),
     "llama_all_bias": ("llama", {"norm_sites": "all"}, {"attention_bias": True, "mlp_bias": True}),
+    "llama_hadamard": ("llama", {"hadamard": {"o_proj": 0, "down_proj": 4}, "activation_bits": 4}, {}),
+    "gemma3_hadamard_all": ("gemma3_text", {"hadamard": {"down_proj": 0}, "norm_sites": "all"}, {}),
     "llama_dead_zone": ("llama", {"dead_zone_bias": 0.5}, {"attention_bias": True}),
     "llama_none_block": (
         "llama",
@@ -383,7 +385,7 @@ def test_the_code_beside_a_checkpoint_is_the_packages_own(tmp_path):
         "AutoModelForCausalLM": "students.BitQwen3ForCausalLM",
     }
     source = Path(bitdistill.model.__file__).parent
-    for name in ("students.py", "layers.py", "quant.py", "families.py"):
+    for name in ("students.py", "layers.py", "quant.py", "families.py", "hadamard.py"):
         assert (tmp_path / name).read_bytes() == (source / name).read_bytes()
 
 

@@ -36,6 +36,12 @@ STEPS = {
         False,
         BATCH * (LENGTH - 1),
     ),
+    "Hadamard transforms": (
+        TernarySpec(activation_bits=4, hadamard={"o_proj": 0, "down_proj": 0}),
+        None,
+        False,
+        BATCH * (LENGTH - 1),
+    ),
     "task": (TernarySpec(norm_sites="none"), None, True, BATCH * LABELLED),
     "stage 3": (SUBLN, DistillConfig(), True, BATCH * LABELLED),
     "stage 3 of the authors": (TernarySpec(norm_sites="all"), AUTHORS, True, REAL_TOKENS),

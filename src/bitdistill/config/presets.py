@@ -10,8 +10,23 @@ _TIPS = {
     "weight_decay": 0.1,
     "weight_decay_schedule": "half_then_zero",
 }
+# BitNet v2 (2504.18415), tables 8 and 9: two stages as in the tips, INT4 activations in the last 5 % of the steps.
+# The tokenizer is not named; the size is LLaMA's. 375 of 100,000 steps (of a million tokens) are warm-up.
+_V2 = _TIPS | {
+    "architecture": "bitnet_v2",
+    "vocab_size": 32000,
+    "tie_word_embeddings": False,
+    "warmup_ratio": 0.00375,
+    "int4_activations_ratio": 0.05,
+}
 # Their models are 24 or 26 layers with a LLaMA vocabulary; the layout here is that of 2B4T (squared ReLU, SubLN).
 _TIPS_SHAPE = {"vocab_size": 32000, "tie_word_embeddings": False}
+_SMALL_V2 = {
+    "head_dim": 32,
+    "max_position_embeddings": 1024,
+    "tie_word_embeddings": True,
+    "warmup_ratio": 0.05,
+}
 _SMALL = {"head_dim": 32, "num_key_value_heads": 1, "max_position_embeddings": 1024}
 
 BASE_PRESETS: dict[str, dict[str, Any]] = {
@@ -66,6 +81,48 @@ BASE_PRESETS: dict[str, dict[str, Any]] = {
         "head_dim": 100,
         "learning_rate": 1.2e-3,
     },
+    "bitnet-v2-400m": _V2
+    | {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "head_dim": 64,
+        "learning_rate": 1.8e-3,
+    },
+    "bitnet-v2-1.3b": _V2
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 18,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 64,
+        "learning_rate": 1.2e-3,
+    },
+    "bitnet-v2-3b": _V2
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 20,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "learning_rate": 1.2e-3,
+        "two_stage_drop": 6.4e-4 / 1.2e-3,
+    },
+    "bitnet-v2-7b": _V2
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 16384,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "learning_rate": 1e-3,
+        "two_stage_drop": 0.6,
+    },
     # For a CPU: named by parameters outside the embedding, weights drawn at about hidden_size^-0.5.
     "bitnet-1.5m": _TIPS
     | _SMALL
@@ -87,6 +144,30 @@ BASE_PRESETS: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 7,
         "num_attention_heads": 8,
         "num_key_value_heads": 2,
+        "initializer_range": 0.06,
+        "learning_rate": 3e-3,
+    },
+    "bitnet-v2-1.5m": _V2
+    | _SMALL_V2
+    | {
+        "vocab_size": 4096,
+        "hidden_size": 128,
+        "intermediate_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "initializer_range": 0.09,
+        "learning_rate": 4e-3,
+    },
+    "bitnet-v2-5m": _V2
+    | _SMALL_V2
+    | {
+        "vocab_size": 8192,
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 5,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
         "initializer_range": 0.06,
         "learning_rate": 3e-3,
     },

@@ -125,6 +125,7 @@ class Recipe:
             self.task.columns,
             "the model of [base] is a decoder, which reads a prompt; write task.template",
         )
+        self._check_int4()
         if self.base and not self.base.continue_from:
             check(
                 self.corpus.sequence_length <= self.base.max_position_embeddings,
@@ -133,6 +134,23 @@ class Recipe:
                 f"base.max_position_embeddings = {self.base.max_position_embeddings} is the longest; raise it, or use "
                 "shorter sequences",
             )
+
+    def _check_int4(self) -> None:
+        """Activations turn to 4 bits once."""
+        for name in ("pretrain", "sft", "distill"):
+            ratio = getattr(self, name).int4_activations_ratio
+            remedy = "refine.activation_bits = 4 has them from the first step; leave one of the two out"
+            key = f"{name}.int4_activations_ratio"
+            check(not ratio or self.refine.activation_bits != 4, key, ratio, remedy)
+        skips_stage_2 = any("no_pretrain" in method for method in self.run.methods)
+        ratio = self.distill.int4_activations_ratio
+        check(
+            not ratio or not self.pretrain.int4_activations_ratio or skips_stage_2,
+            "distill.int4_activations_ratio",
+            ratio,
+            "stage 2 ends with 4-bit activations (pretrain.int4_activations_ratio), which stage 3 keeps; leave one of "
+            "the two out",
+        )
 
     @property
     def run_dir(self) -> Path:

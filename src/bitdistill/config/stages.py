@@ -31,6 +31,13 @@ class RefineConfig:
     """Let GPTQ take the columns with the largest inputs first, not from left to right."""
     dead_zone_bias: float = 0.0
     """Share of the sum of a row's zero-code weights that is added to its output (Tequila: 1e-3); 0 adds nothing."""
+    hadamard: Literal["none", "outputs"] = "none"
+    """``outputs``: a Hadamard transform before the quantiser of o_proj's and down_proj's inputs (BitNet v2)."""
+    hadamard_block: int = 0
+    """Features that are transformed together, a power of two; 0 takes the largest that divides each dimension."""
+    hadamard_fold: bool = True
+    """Fold the transform into those weights, so that the full-precision function stays what it was; without it (the
+    paper, which trains from scratch) a trained model's is lost."""
     skip: tuple[str, ...] = ()
     """Glob patterns of linears that stay full precision, for example ``model.layers.0.*``."""
     calibration_sequences: int = 32
@@ -70,6 +77,20 @@ class RefineConfig:
         if not self.is_calibrated:
             remedy = 'nothing is calibrated; set gain = "rms" or an initialisation'
             check_unused(self, "refine", ("calibration_sequences",), remedy)
+        self._check_hadamard()
+
+    def _check_hadamard(self) -> None:
+        block = self.hadamard_block
+        remedy = "use a power of two, or 0 for the largest that divides each dimension"
+        check(block >= 0 and not block & (block - 1), "refine.hadamard_block", block, remedy)
+        if self.hadamard == "none":
+            check_unused(self, "refine", ("hadamard_block", "hadamard_fold"), 'set hadamard = "outputs"')
+        check(
+            self.hadamard == "none" or self.initialisation != "awq",
+            "refine.initialisation",
+            self.initialisation,
+            "scales of channels do not pass a Hadamard transform; use gptq or absmean with hadamard",
+        )
 
     @property
     def is_calibrated(self) -> bool:

@@ -44,6 +44,9 @@ class TrainingConfig:
     head and biases learn on; ternary models only."""
     freeze_codes_lr: float = 1.0
     """Factor on the learning rate in those steps."""
+    int4_activations_ratio: float = 0.0
+    """Share of the steps, the last ones, in which activations have 4 bits, which the student then keeps (BitNet v2:
+    0.05); ternary models only."""
     ema_decay: float = 0.0
     """Decay per step of a moving average of the weights, which takes their place at the end; 0 keeps none."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
@@ -63,7 +66,7 @@ class TrainingConfig:
         )
         for key in ("batch_size", "gradient_accumulation_steps", "save_every", "log_every"):
             check(getattr(self, key) >= 1, f"{section}.{key}", getattr(self, key), "use a whole number >= 1")
-        for key in ("warmup_ratio", "quant_warmup_ratio"):
+        for key in ("warmup_ratio", "quant_warmup_ratio", "int4_activations_ratio"):
             check(
                 0 <= getattr(self, key) <= 1,
                 f"{section}.{key}",
@@ -141,6 +144,9 @@ class CorpusTrainingConfig(TrainingConfig):
             check_unused(self, section, ("eval_sequences",), "set eval_every")
 
 
+BITNETS = ("bitnet", "bitnet_v2")
+"""Architectures of a base that is ternary from its first step."""
+
 SIZES = (
     "hidden_size",
     "intermediate_size",
@@ -160,11 +166,14 @@ SHAPE = ("architecture", "tokenizer", "vocab_size", *SIZES, "tie_word_embeddings
 class BaseConfig(CorpusTrainingConfig):
     """A base made from scratch: full precision, where no trained one can be had, or a native BitNet b1.58."""
 
-    architecture: Literal["qwen3", "llama", "bitnet"] = "qwen3"
-    """``bitnet``: SubLN, squared ReLU and no biases, as BitNet b1.58 2B4T (Hugging Face's ``BitNetForCausalLM``)."""
+    architecture: Literal["qwen3", "llama", "bitnet", "bitnet_v2"] = "qwen3"
+    """``bitnet``: SubLN, squared ReLU and no biases, as BitNet b1.58 2B4T (Hugging Face's ``BitNetForCausalLM``);
+    ``bitnet_v2``: a Llama's student with SubLN and a Hadamard transform before o_proj and down_proj."""
     ternary: bool | None = None
-    """Train with ternary linears, which only ``bitnet`` is built for and does unless this is false: false makes its
+    """Train with ternary linears, which the two BitNets are built for and do unless this is false: false makes the
     full-precision twin, with the same initial weights and the same order of tokens."""
+    hadamard_block: int = 0
+    """Features that ``bitnet_v2`` transforms together, a power of two; 0 takes the largest that divides each input."""
     continue_from: str = ""
     """Checkpoint of an earlier base to go on from, on the same part of the corpus; empty starts from random weights."""
     tokens: int = 10_000_000
@@ -196,13 +205,14 @@ class BaseConfig(CorpusTrainingConfig):
         super().__post_init__()
         if self.ternary is None and not self.continue_from:
             object.__setattr__(
-                self, "ternary", self.architecture == "bitnet"
+                self, "ternary", self.architecture in BITNETS
             )  # what is recorded is what was run
         check(
-            not self.ternary or self.architecture == "bitnet",
+            not self.ternary or self.architecture in BITNETS,
             "base.ternary",
             self.ternary,
-            'only architecture = "bitnet" has the norms for it; another base turns ternary by bitdistill refine',
+            'only architecture = "bitnet" and "bitnet_v2" have the norms for it; another base turns ternary by '
+            "bitdistill refine",
         )
         check(
             self.vocab_size >= 260,
@@ -226,7 +236,7 @@ class BaseConfig(CorpusTrainingConfig):
             )
         if self.continue_from:
             remedy = "the checkpoint of base.continue_from has its own; leave it out"
-            check_unused(self, "base", ("ternary", *SHAPE), remedy)
+            check_unused(self, "base", ("ternary", "hadamard_block", *SHAPE), remedy)
         elif self.tokenizer:
             check_unused(self, "base", ("vocab_size",), "the tokenizer of base.tokenizer has its own")
         check(
@@ -242,3 +252,26 @@ class BaseConfig(CorpusTrainingConfig):
             f'architecture = "bitnet" needs num_attention_heads x head_dim = hidden_size ({self.num_attention_heads} x '
             f"{self.head_dim} is not {self.hidden_size})",
         )
+        self._check_v2()
+
+    def _check_v2(self) -> None:
+        ratio, block = self.int4_activations_ratio, self.hadamard_block
+        check(
+            not ratio or self.architecture == "bitnet_v2" or bool(self.continue_from),
+            "base.int4_activations_ratio",
+            ratio,
+            f'architecture = "{self.architecture}" has no place for 4-bit activations; use "bitnet_v2"',
+        )
+        if self.architecture != "bitnet_v2":
+            check_unused(self, "base", ("hadamard_block",), 'set architecture = "bitnet_v2"')
+        remedy = "use a power of two, or 0 for the largest that divides each input"
+        check(block >= 0 and not block & (block - 1), "base.hadamard_block", block, remedy)
+        widths = {
+            "num_attention_heads x head_dim": self.num_attention_heads * self.head_dim,
+            "intermediate_size": self.intermediate_size,
+        }
+        for name, width in widths.items():
+            remedy = (
+                f"it does not divide {name} = {width}; use {width & -width} or a smaller power of two, or 0"
+            )
+            check(not block or width % block == 0, "base.hadamard_block", block, remedy)

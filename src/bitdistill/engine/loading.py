@@ -130,7 +130,15 @@ def decoder_config(config: dict[str, Any]) -> _core.Config:
     """
     packed = config["packed"]
     if packed.get("activation_bits") != 8:
-        raise ValueError(f"packed.activation_bits = {packed.get('activation_bits')!r}: the engine runs 8")
+        raise ValueError(
+            f"packed.activation_bits = {packed.get('activation_bits')!r}: the engine runs 8 (bitdistill eval takes the "
+            "student itself)"
+        )
+    if packed.get("hadamard"):
+        raise ValueError(
+            f"packed.hadamard = {packed['hadamard']!r}: the engine has no transform (bitdistill eval takes "
+            "the student itself)"
+        )
     if packed.get("granularity") not in ("tensor", "channel", "block"):
         raise ValueError(
             f"packed.granularity = {packed.get('granularity')!r} is not one of tensor, channel, block"

@@ -5,6 +5,7 @@ every student checkpoint.
 """
 
 from .families import FAMILIES, Family, ends_in, family_of, find_family
+from .hadamard import HADAMARD_SITES
 from .layers import BitLinear, SubLN, TernarySpec
 from .students import STUDENT_CLASSES, register_students, student_class
 
@@ -12,6 +13,7 @@ register_students()
 
 __all__ = [
     "FAMILIES",
+    "HADAMARD_SITES",
     "STUDENT_CLASSES",
     "BitLinear",
     "Family",

@@ -30,7 +30,7 @@ class Family:
     linears_in: tuple[str, ...] = _GATED_IN
     """Ends of the paths of ternary linears that read the residual stream; query, key and value first."""
     linears_out: tuple[str, ...] = _GATED_OUT
-    """Ends of the paths of ternary linears that write to it: the SubLN sites of the paper."""
+    """Ends of the paths of ternary linears that write to it, attention's first: the SubLN sites of the paper."""
     norm_eps: str = "rms_norm_eps"
     """Config field whose epsilon the new norms use."""
     input_norms: tuple[tuple[str, tuple[str, ...]], ...] = (

@@ -1,16 +1,20 @@
 """BitLinear and SubLN: the two layers that make a model ternary.
 
-BitLinear (b1.58):  y = Q_int8(SubLN(x)) @ Q_ternary(W).T + b, with the norm only where the student has one.
+BitLinear (b1.58):       y = Q_int8(SubLN(x)) @ Q_ternary(W).T + b, with the norm only where the student has one.
+H-BitLinear (BitNet v2): y = Q(H SubLN(x)) @ Q_ternary(W).T + b, Q of 8 or 4 bits, H in blocks (``hadamard.py``).
+
 The norm is a *child* of its linear: ``o_proj.weight`` stays where every tool expects it, and
 ``o_proj.norm.weight`` is new.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .hadamard import HADAMARD_SITES, hadamard_transform, resolve_block
 from .quant import (
     Granularity,
     Rounding,
@@ -52,6 +56,9 @@ class TernarySpec:
     """``absmean``: of the latents, in every forward pass; ``learned``: a parameter beside them, trained as in LSQ."""
     dead_zone_bias: float = 0.0
     """Share of the dead weights' sum that is added to each output (``quant.dead_zone_bias``); 0 adds nothing."""
+    hadamard: Mapping[str, int] | tuple[tuple[str, int], ...] = ()
+    """Site of HADAMARD_SITES -> features of a block of the Hadamard transform before its activation quantiser; kept as
+    pairs. 0 asks for the largest block; a student's own config has it resolved."""
 
     def __post_init__(self) -> None:
         for name, value, allowed in (
@@ -73,14 +80,23 @@ class TernarySpec:
         if not 0 <= self.dead_zone_bias < float("inf"):
             raise ValueError(f"ternary.dead_zone_bias = {self.dead_zone_bias!r}: use 0 or more")
         object.__setattr__(self, "skip", tuple(self.skip))
+        object.__setattr__(self, "hadamard", self._hadamard_pairs())
+
+    def _hadamard_pairs(self) -> tuple[tuple[str, int], ...]:
+        blocks = dict(self.hadamard)
+        for site, block in blocks.items():
+            if site not in HADAMARD_SITES:
+                raise ValueError(f"ternary.hadamard = {blocks!r}: use sites of {', '.join(HADAMARD_SITES)}")
+            if type(block) is not int or block < 0 or block & (block - 1):
+                raise ValueError(f"ternary.hadamard = {blocks!r}: use powers of two, or 0 for the largest")
+        return tuple((site, blocks[site]) for site in HADAMARD_SITES if site in blocks)
 
     def to_dict(self) -> dict:
         """The form that ``config.json`` holds."""
-        values = asdict(self) | {"skip": list(self.skip)}
-        if not self.dead_zone_bias:
-            del values[
-                "dead_zone_bias"
-            ]  # so that students without it stay what they were before there was one
+        values = asdict(self) | {"skip": list(self.skip), "hadamard": dict(self.hadamard)}
+        for key in ("dead_zone_bias", "hadamard"):
+            if not values[key]:
+                del values[key]  # so that students without it stay what they were before there was such a key
         return values
 
 
@@ -108,6 +124,7 @@ class BitLinear(nn.Linear):
     Shapes: ``[..., in_features] -> [..., out_features]``. ``quant_lambda`` is the warm-up coefficient that the
     trainer moves from 0 to 1; evaluation always uses 1, so a model is judged as it will be exported. So it is with
     ``soft_temperature``: above 0 the weights of a training step have soft codes at that temperature.
+    ``hadamard_block``: features of a block of the Hadamard transform of the input; 0 leaves it out.
     """
 
     def __init__(
@@ -118,11 +135,15 @@ class BitLinear(nn.Linear):
         bias: bool,
         spec: TernarySpec,
         norm_eps: float | None,
+        hadamard_block: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias=bias, device=device, dtype=dtype)
+        if hadamard_block:
+            resolve_block(in_features, hadamard_block)
         self.spec = spec
+        self.hadamard_block = hadamard_block
         self.quant_lambda = 1.0
         self.soft_temperature = 0.0
         self.norm = SubLN(in_features, norm_eps).to(device=device) if norm_eps is not None else None
@@ -143,12 +164,20 @@ class BitLinear(nn.Linear):
         scale = None if self.weight_scale is None else self.weight_scale.detach()
         return ternarize(self.weight.detach(), spec.granularity, spec.block_size, spec.rounding, scale)
 
-    def forward(self, x: Tensor) -> Tensor:
-        quant_lambda = self.quant_lambda if self.training else 1.0
+    def inputs(self, x: Tensor) -> Tensor:
+        """What the weight multiplies but for the quantiser of activations: ``x`` ``[..., K]`` behind the norm and the
+        Hadamard transform, in the transform's fp32 where there is one."""
         if self.norm is not None:
             x = self.norm(x)
+        return hadamard_transform(x, self.hadamard_block) if self.hadamard_block else x
+
+    def forward(self, x: Tensor) -> Tensor:
+        quant_lambda = self.quant_lambda if self.training else 1.0
+        dtype = x.dtype
+        x = self.inputs(x)
         if self.spec.activation_bits < 16:
             x = fake_quantize_activation(x, self.spec.activation_bits, quant_lambda, self.spec.rounding)
+        x = x.to(dtype)
         bias = self._bias(quant_lambda)
         if self.training and self.soft_temperature > 0:
             spec = self.spec
@@ -178,4 +207,5 @@ class BitLinear(nn.Linear):
 
     def extra_repr(self) -> str:
         scale = f"{self.spec.scale} scale per {self.spec.granularity}"
-        return f"{super().extra_repr()}, {scale}, A{self.spec.activation_bits}"
+        transform = f", H{self.hadamard_block}" if self.hadamard_block else ""
+        return f"{super().extra_repr()}, {scale}, A{self.spec.activation_bits}{transform}"

@@ -6,6 +6,8 @@ gives ``Bit<Family>Config`` and ``Bit<Family>ForCausalLM`` (an encoder ``...ForM
 file and its siblings are copied beside every student, and ``trust_remote_code=True`` loads it without the package.
 """
 
+import math
+from dataclasses import replace
 from fnmatch import fnmatch
 from typing import Any
 
@@ -15,6 +17,7 @@ from transformers import AutoConfig
 from transformers import initialization as init
 
 from .families import FAMILIES, Family, ends_in
+from .hadamard import HADAMARD_SITES, resolve_block
 from .layers import BitLinear, SubLN, TernarySpec
 from .quant import Granularity  # noqa: F401  transformers before 5.10 copies only the files that this one imports
 
@@ -37,11 +40,35 @@ def has_norm(name: str, family: Family, norm_sites: str) -> bool:
     return norm_sites == "all"
 
 
-def install_bitlinears(model: nn.Module, family: Family, spec: TernarySpec, norm_eps: float) -> None:
-    """Replace every ternary site of ``model`` by a fresh BitLinear, in place.
+def hadamard_site(name: str, family: Family) -> str | None:
+    """Which of HADAMARD_SITES the ternary linear at path ``name`` is; None for any other."""
+    ends = zip(HADAMARD_SITES, family.linears_out, strict=True)
+    return next((site for site, end in ends if ends_in(name, (end,))), None)
+
+
+def resolve_hadamard(model: nn.Module, family: Family, spec: TernarySpec, sites: list[str]) -> TernarySpec:
+    """``spec`` with the blocks that its Hadamard transforms have at the ternary ``sites`` of ``model``.
 
     Raises:
-        ValueError: nothing would be replaced.
+        ValueError: a block does not divide its dimension, or no site is left.
+    """
+    blocks = {}
+    for site, block in dict(spec.hadamard).items():
+        dims = [
+            model.get_submodule(name).in_features for name in sites if hadamard_site(name, family) == site
+        ]
+        if dims:
+            blocks[site] = resolve_block(math.gcd(*dims), block, f"the input of {site}")
+    if spec.hadamard and not blocks:
+        raise ValueError(f"ternary.hadamard: the skip patterns {list(spec.skip)} leave no site to transform")
+    return replace(spec, hadamard=blocks)
+
+
+def install_bitlinears(model: nn.Module, family: Family, spec: TernarySpec, norm_eps: float) -> TernarySpec:
+    """Replace every ternary site of ``model`` by a fresh BitLinear, in place; returns ``spec`` with blocks resolved.
+
+    Raises:
+        ValueError: nothing would be replaced, or a Hadamard block does not divide its dimension.
     """
     sites = ternary_sites(model, family, spec.skip)
     if not sites:
@@ -49,18 +76,23 @@ def install_bitlinears(model: nn.Module, family: Family, spec: TernarySpec, norm
             f"{type(model).__name__} has no linear named {', '.join(family.linears)} left to make ternary: "
             f"nothing would change. Check the model and the skip patterns {list(spec.skip)}."
         )
+    spec = resolve_hadamard(model, family, spec, sites)
+    blocks = dict(spec.hadamard)
     for name in sites:
         linear = model.get_submodule(name)
+        site = hadamard_site(name, family)
         bit_linear = BitLinear(
             linear.in_features,
             linear.out_features,
             bias=linear.bias is not None,
             spec=spec,
             norm_eps=norm_eps if has_norm(name, family, spec.norm_sites) else None,
+            hadamard_block=blocks.get(site, 0) if site else 0,
             device=linear.weight.device,
             dtype=linear.weight.dtype,
         )
         model.set_submodule(name, bit_linear)
+    return spec
 
 
 def _config_class(family: Family) -> Any:
@@ -89,7 +121,8 @@ def _model_class(family: Family, student_config: Any, name: str) -> Any:
         def __init__(self, config: student_config) -> None:
             super().__init__(config)
             spec = TernarySpec(**config.ternary)
-            install_bitlinears(self, family, spec, getattr(config, family.norm_eps))
+            spec = install_bitlinears(self, family, spec, getattr(config, family.norm_eps))
+            config.ternary = spec.to_dict()
             self.post_init()
 
         def initialize_weights(self) -> None:

@@ -7,8 +7,8 @@ width, H weights in the head, W the widths of Q, K and V together:
     teacher      2 N T +  4 A T^2 + 2 H K   K: the tokens of the logits KD
     relations    12 W T^2 a layer           six products: both models, both again in the backward pass, and its own two
 
-Attention counts whole, not halved for causality or cut to windows. Norms, quantisers, softmax and the optimizer are not
-in it; nor is evaluation.
+Attention counts whole, not halved for causality or cut to windows. Norms, quantisers, Hadamard transforms (K log2
+block additions of an input of K features), softmax and the optimizer are not in it; nor is evaluation.
 """
 
 import time

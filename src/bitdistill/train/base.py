@@ -1,9 +1,13 @@
-"""A base made from scratch: tokenizer, random weights, pre-training in full precision or as a native BitNet b1.58.
+"""A base made from scratch: tokenizer, random weights, pre-training in full precision, as a native BitNet b1.58 or as a
+BitNet v2.
 
 For machines and tests without a trained checkpoint at hand; the three stages treat a full-precision result like any
-model. A native BitNet (arXiv 2504.12285) is ternary from its first step and is not converted.
+model. A native BitNet (arXiv 2504.12285) is ternary from its first step and is not converted. Neither is a BitNet v2
+(arXiv 2504.18415), which is a student of the Llama family: that has its layers, and its checkpoint has a place for
+blocks and bits.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +29,13 @@ from transformers import (
 from ..config import SHAPE, BaseConfig, Recipe
 from ..data.corpus import part_of, read_documents, source_digest
 from ..errors import ConfigError
+from ..model import HADAMARD_SITES, TernarySpec
 from ..recipe import to_dict
 from .loading import load_tokenizer, save_model
+from .native import make_native
 from .stage2_pretrain import train_on_corpus
 from .step import run_step
+from .surgery import refine
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -36,6 +43,7 @@ CLASSES: dict[str, tuple[Any, Any]] = {
     "qwen3": (Qwen3Config, Qwen3ForCausalLM),
     "llama": (LlamaConfig, LlamaForCausalLM),
     "bitnet": (BitNetConfig, BitNetForCausalLM),
+    "bitnet_v2": (LlamaConfig, LlamaForCausalLM),
 }
 """``base.architecture`` -> config and model class."""
 
@@ -64,7 +72,17 @@ def run(recipe: Recipe, output_dir: Path) -> Path:
         lambda folder: _make_blank(recipe, config, folder),
         shared=recipe.shared_steps,
     )
-    return train_on_corpus(recipe, config, "base", blank, output_dir, native=bool(config.ternary))
+    return train_on_corpus(recipe, config, "base", blank, output_dir, ternarise=_ternarise(config))
+
+
+def _ternarise(config: BaseConfig) -> Callable[[PreTrainedModel], PreTrainedModel] | None:
+    """What makes the untrained model ternary; None for one that stays in full precision."""
+    if not config.ternary:
+        return None
+    if config.architecture == "bitnet":
+        return make_native
+    spec = TernarySpec(hadamard=dict.fromkeys(HADAMARD_SITES, config.hadamard_block))
+    return lambda model: refine(model, spec, fold=False)[0]
 
 
 def _make_blank(recipe: Recipe, config: BaseConfig, folder: Path) -> dict:

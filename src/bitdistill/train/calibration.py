@@ -101,7 +101,8 @@ class Call:
 
 @contextmanager
 def quantisers_off(module: nn.Module) -> Iterator[None]:
-    """Inside, every BitLinear of ``module`` is a full-precision linear behind its norm: its latents, its input."""
+    """Inside, every BitLinear of ``module`` is a full-precision linear behind its norm and transform: its latents, its
+    input."""
     layers = [m for m in module.modules() if isinstance(m, BitLinear)]
     before = [(m.training, m.quant_lambda) for m in layers]
     for layer in layers:
@@ -171,7 +172,8 @@ def layers_in_turn(
 
 @dataclass
 class InputStatistics:
-    """Of the real tokens ``x`` that a linear multiplies: behind its norm, before the quantiser of activations."""
+    """Of the real tokens ``x`` that a linear multiplies: behind its norm and its Hadamard transform, before the
+    quantiser of activations."""
 
     gram: Tensor
     """Sum of ``x x^T``, ``[K, K]``, fp64: half of GPTQ's Hessian."""
@@ -206,8 +208,7 @@ def input_statistics(layer: nn.Module, calls: Sequence[Call]) -> dict[str, Input
         with quantisers_off(layer), recorded_calls(linears.values()) as inputs:
             call.run(layer)
         for path, linear in linears.items():
-            x = inputs[linear][0][0]
-            found[path].add((x if linear.norm is None else linear.norm(x))[call.mask].float())
+            found[path].add(linear.inputs(inputs[linear][0][0])[call.mask].float())
     return found
 
 

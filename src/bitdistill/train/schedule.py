@@ -80,6 +80,11 @@ def soft_temperature_at(config: TrainingConfig, step: int, total_steps: int) -> 
     return SOFTEST + (HARDEST - SOFTEST) * quant_lambda
 
 
+def activations_are_int4(config: TrainingConfig, step: int, total_steps: int) -> bool:
+    """Whether optimizer step ``step`` (0-based) belongs to the tail in which activations have 4 bits."""
+    return step >= total_steps - math.ceil(config.int4_activations_ratio * total_steps)
+
+
 def codes_are_frozen(config: TrainingConfig, step: int, total_steps: int) -> bool:
     """Whether optimizer step ``step`` (0-based) belongs to the tail in which the latents of ternary weights stay."""
     return step >= total_steps - math.ceil(config.freeze_codes_ratio * total_steps)

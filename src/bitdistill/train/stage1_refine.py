@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint import checkpoint_digest
 from ..config import Recipe, RefineConfig
 from ..data.corpus import source_digest
-from ..model import TernarySpec
+from ..model import HADAMARD_SITES, TernarySpec
 from ..processes import is_main_process, process_state
 from ..recipe import to_dict
 from .calibration import calibration_batches
@@ -31,8 +31,9 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         "refine": to_dict(config),
         "source": checkpoint_digest(source, recipe.revision_of(source)),
     }
-    if not config.dead_zone_bias:
-        del settings["refine"]["dead_zone_bias"]  # a step made before there was such a key is the same step
+    for key in ("dead_zone_bias", "hadamard", "hadamard_block", "hadamard_fold"):
+        if getattr(config, key) == getattr(RefineConfig, key):
+            del settings["refine"][key]  # a step made before there was such a key is the same step
     corpus_digest = source_digest(recipe.corpus) if config.is_calibrated else ""
     if corpus_digest:
         settings["calibration"] = to_dict(recipe.corpus) | {"digest": corpus_digest}
@@ -47,7 +48,8 @@ def run(recipe: Recipe, source: str | Path, output_dir: Path) -> Path:
         calibration = None
         if corpus_digest:
             calibration = calibration_batches(recipe, tokenizer, corpus_digest, is_encoder(model.config))
-        student, report = refine(model, ternary_spec(config), calibration if config.gain == "rms" else None)
+        gains = calibration if config.gain == "rms" else None
+        student, report = refine(model, ternary_spec(config), gains, fold=config.hadamard_fold)
         errors = {}
         if calibration is not None:
             findings = initialise(student.to(process_state().device), calibration, config)
@@ -80,4 +82,5 @@ def ternary_spec(config: RefineConfig) -> TernarySpec:
         skip=config.skip,
         scale=config.scale,
         dead_zone_bias=config.dead_zone_bias,
+        hadamard=dict.fromkeys(HADAMARD_SITES if config.hadamard == "outputs" else (), config.hadamard_block),
     )

@@ -3,13 +3,14 @@
 ``pretrain.lambda_logits`` puts a teacher beside the student, which the paper does in stage 3 only.
 
 The same step trains a refined student, a full-precision control (FP16-CT), and a base made from scratch, which may be
-a native BitNet.
+a BitNet.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 from torch.utils.data import Dataset
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ..checkpoint import checkpoint_digest
 from ..config import CorpusTrainingConfig, DistillConfig, Recipe
@@ -22,7 +23,7 @@ from .encoder import check_stage_2
 from .encoder_objective import MaskedLanguageModelling
 from .heldout import HeldoutLoss
 from .loading import is_encoder, load_config, load_model, load_tokenizer, save_model
-from .native import is_native, make_native
+from .native import is_native
 from .objective import Distillation, LanguageModelling, Objective
 from .step import run_step
 from .teacher import check_same_tokenizer
@@ -65,12 +66,12 @@ def train_on_corpus(
     source: str | Path,
     output_dir: Path,
     *,
-    native: bool = False,
+    ternarise: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
     distill: DistillConfig | None = None,
 ) -> Path:
     """Language modelling of ``source`` on one part of the corpus, for ``config.tokens`` tokens.
 
-    ``native``: ``source`` is a full-precision BitNet, whose linears are made ternary before the first step.
+    ``ternarise``: makes ``source``, a base with random weights, ternary before the first step.
     ``distill``: teacher and losses beside the cross-entropy.
     """
     corpus_digest = source_digest(recipe.corpus)
@@ -99,8 +100,8 @@ def train_on_corpus(
         check_stage_2(recipe, source, model_config)
         tokenizer = load_tokenizer(source, recipe.revision_of(source))
         model = load_model(source, recipe.revision_of(source))
-        if native:
-            model = make_native(model)
+        if ternarise is not None:
+            model = ternarise(model)
         codes = ternary_codes(model)
         encoder = is_encoder(model.config)
         objective: Objective = MaskedLanguageModelling(model) if encoder else LanguageModelling(model)

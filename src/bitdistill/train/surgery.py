@@ -2,7 +2,8 @@
 
 The student keeps every tensor of the model (biases, norms, embeddings and tied heads included); what is new are the
 gains of the SubLN norms. They start at 1, or at the RMS of what each norm will see, which keeps the size
-of every activation as the model learnt it.
+of every activation as the model learnt it. A Hadamard transform before a linear goes into its weight, W <- W H^T in
+blocks, so that W x stays what it was.
 """
 
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from ..errors import SurgeryError
 from ..model import STUDENT_CLASSES, BitLinear, Family, TernarySpec, ends_in, student_class
+from ..model.hadamard import hadamard_transform
 from .calibration import calibrate_gains
 from .initialisation import Findings
 from .loading import convertible_family, keep_pooler
@@ -32,6 +34,8 @@ class SurgeryReport:
     """Path and reason of every linear that stays full precision."""
     before: ModelSize
     after: ModelSize
+    hadamard: tuple[tuple[str, int], ...] = ()
+    """Sites whose inputs are Hadamard-transformed, and the size of the blocks."""
     findings: Findings | None = None
     """What calibration measured; None where none was."""
 
@@ -40,6 +44,9 @@ class SurgeryReport:
         lines = [
             f"{self.family}: {len(self.replaced)} linears made ternary, {norms} SubLN added, "
             f"{len(self.skipped)} linears left in full precision",
+        ]
+        lines += [
+            f"  Hadamard transform of {site}'s input, blocks of {block}" for site, block in self.hadamard
         ]
         lines += [
             f"  {path:<44} {rows} x {columns}{'  + SubLN' if norm else ''}{self._error(path)}"
@@ -70,6 +77,8 @@ def refine(
     model: PreTrainedModel,
     spec: TernarySpec,
     calibration: Iterable[dict[str, Tensor]] | None = None,
+    *,
+    fold: bool = True,
 ) -> tuple[PreTrainedModel, SurgeryReport]:
     """Convert a model into a student of the same family and kind: a causal LM, or an encoder with its head.
 
@@ -78,13 +87,15 @@ def refine(
         spec: which linears, norm sites, scales and activation bits.
         calibration: batches of ``input_ids`` (and ``attention_mask``), ``[B, T]``; if given, norm gains start at the
             RMS of the norm's input in ``model`` on them, otherwise at 1.
+        fold: undo each Hadamard transform of an input in the weight behind it; without it, for random weights.
 
     Raises:
-        SurgeryError: unknown family, a model that is a student already, or nothing to replace.
+        SurgeryError: unknown family, a model that is a student already, nothing to replace, or a Hadamard block that
+            does not divide its dimension.
     """
     family = convertible_family(model.config.model_type)
     _check_sites(model, family, spec)
-    student = _make_student(model, family, spec)
+    student = _make_student(model, family, spec, fold)
     if calibration is not None:
         calibrate_gains(model, student, calibration)
     return student, _report(model, student, family, spec)
@@ -107,7 +118,7 @@ def _check_sites(model: PreTrainedModel, family: Family, spec: TernarySpec) -> N
         )
 
 
-def _make_student(model: PreTrainedModel, family: Family, spec: TernarySpec) -> PreTrainedModel:
+def _make_student(model: PreTrainedModel, family: Family, spec: TernarySpec, fold: bool) -> PreTrainedModel:
     config_class = STUDENT_CLASSES[family.model_type][0]
     model_class = student_class(family, type(model).__name__)
     if model_class is None:
@@ -129,8 +140,10 @@ def _make_student(model: PreTrainedModel, family: Family, spec: TernarySpec) -> 
             f"{type(model).__name__} holds tensors that {model_class.__name__} has no place for, or lacks "
             f"some it needs: {', '.join(lost[:4])}. Nothing was converted."
         )
-    for module in student.modules():
-        if isinstance(module, BitLinear) and module.weight_scale is not None:
+    for module in (m for m in student.modules() if isinstance(m, BitLinear)):
+        if fold and module.hadamard_block:
+            module.weight.data.copy_(hadamard_transform(module.weight.data, module.hadamard_block))
+        if module.weight_scale is not None:
             module.weight_scale.data.copy_(module.absmean())
     student.tie_weights()
     if model.can_generate():
@@ -156,5 +169,10 @@ def _report(
                 reason = f"not one of the family's ternary linears ({', '.join(family.linears)})"
             skipped.append((path, reason))
     return SurgeryReport(
-        family.model_type, tuple(replaced), tuple(skipped), model_size(model), model_size(student)
+        family.model_type,
+        tuple(replaced),
+        tuple(skipped),
+        model_size(model),
+        model_size(student),
+        hadamard=tuple(student.config.ternary.get("hadamard", {}).items()),
     )

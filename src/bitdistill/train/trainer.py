@@ -28,6 +28,7 @@ from .average import weight_average
 from .batches import GlobalBatch, SeededOrder, global_batch
 from .callbacks import CodeStatistics, MetricsFile, ProgressBar, StepSchedules
 from .heldout import HeldoutLoss
+from .int4_activations import int4_tail
 from .objective import Objective, autocast_dtype
 from .parameter_groups import group_factors, split_latents
 from .resume import resume_point_of, steps_done
@@ -38,7 +39,14 @@ logger = logging.getLogger(__name__)
 SHORT_SEQUENCE = 128
 """Longest sequence up to which attention on a CPU is computed without the fused kernel; at 256 neither is faster."""
 
-OPTIONS = ("quant_warmup_form", "freeze_codes_ratio", "freeze_codes_lr", "ema_decay")
+OPTIONS = (
+    "quant_warmup_form",
+    "freeze_codes_ratio",
+    "freeze_codes_lr",
+    "int4_activations_ratio",
+    "ema_decay",
+    "hadamard_block",
+)
 """Keys that a step's record holds only where they are not at their defaults: a step made before there was such a key is
 still the same step."""
 
@@ -253,7 +261,8 @@ def fit(
         Metrics of the whole training, time included.
 
     Raises:
-        TrainingError: the loss is not finite, or the processes cannot share the global batch.
+        TrainingError: the loss is not finite, the processes cannot share the global batch, or the student has no use
+            for ``int4_activations_ratio``.
     """
     now = num_processes()
     batch = from_main_process(lambda: global_batch(config, processes or now, now))
@@ -313,6 +322,9 @@ def fit(
     trainer.remove_callback(PrinterCallback)
     metrics_file = MetricsFile(work_dir / "metrics.jsonl")
     trainer.add_callback(StepSchedules(config))
+    int4 = int4_tail(objective.student, config)
+    if int4 is not None:
+        trainer.add_callback(int4)
     trainer.add_callback(metrics_file)
     bar = ProgressBar(title)
     trainer.add_callback(bar)
@@ -329,6 +341,8 @@ def fit(
     finally:
         bar.progress.stop()  # a live bar hides the cursor
     objective.student.config.use_cache = True
+    if int4 is not None:
+        int4.finish()
     if trainer.average is not None:
         trainer.average.finish()
     broken = [n for n, p in objective.student.named_parameters() if not whole(torch.isfinite(p).all())]
