@@ -35,10 +35,7 @@ class AttentionPass {
       float* query = query_row(t) + (head * group + i) * dim;
       if (layer_.q_norm != nullptr) room_.rms_norm(query, layer_.q_norm, config_.rms_norm_eps, dim, query);
       turn(query, t);
-      if (config_.query_bits < 16) {
-        const LowBits low(query, dim, config_.query_bits);
-        for (size_t e = 0; e < dim; ++e) query[e] = low.value(query[e]);
-      }
+      if (config_.query_bits < 16) round_to(config_.query_bits, query);
     }
     store(t, head);
   }
@@ -48,7 +45,12 @@ class AttentionPass {
     float* key = query_row(t) + work_.query_stride + head * dim;
     if (layer_.k_norm != nullptr) room_.rms_norm(key, layer_.k_norm, config_.rms_norm_eps, dim, key);
     turn(key, t);
-    const float* value = query_row(t) + work_.query_stride + work_.key_stride + head * dim;
+    float* value = query_row(t) + work_.query_stride + work_.key_stride + head * dim;
+    if (config_.kv_bits < 16 && config_.kv_bits < chunk_[t].cache->bits()) {  // else the cache rounds them
+      const size_t bits = chunk_[t].position == 0 ? 8 : config_.kv_bits;
+      round_to(bits, key);
+      round_to(bits, value);
+    }
     chunk_[t].cache->store(room_, index_, head, chunk_[t].position, key, value, own_.half.data());
   }
 
@@ -90,6 +92,11 @@ class AttentionPass {
 
  private:
   float* query_row(size_t t) { return work_.qkv.data() + t * row_stride_; }
+
+  void round_to(size_t bits, float* x) {
+    const LowBits low(x, config_.head_dim, bits);
+    for (size_t e = 0; e < config_.head_dim; ++e) x[e] = low.value(x[e]);
+  }
 
   void turn(float* x, size_t t) {
     if (kind_.rope == LayerAttention::kNoRope) return;

@@ -219,7 +219,7 @@ void bind_model(nb::module_& m) {
              const std::optional<std::vector<size_t>>& layer_windows, std::optional<double> attention_scale,
              double embedding_scale, bool tie_word_embeddings, std::optional<size_t> block_size,
              const std::string& activation_rounding, size_t activation_bits,
-             const std::map<std::string, size_t>& hadamard, size_t query_bits) {
+             const std::map<std::string, size_t>& hadamard, size_t query_bits, size_t kv_bits) {
             Config config;
             config.vocab_size = vocab_size;
             config.hidden_size = hidden_size;
@@ -244,6 +244,7 @@ void bind_model(nb::module_& m) {
                                  {{"divide", Rounding::divide}, {"multiply", Rounding::multiply}});
             config.activation_bits = activation_bits;
             config.query_bits = query_bits;
+            config.kv_bits = kv_bits;
             for (const auto& [site, block] : hadamard) {
               if (block == 0) throw std::invalid_argument("hadamard block 0 of " + site + ": leave the site out");
               *one_of<size_t*>("hadamard", site,
@@ -258,7 +259,7 @@ void bind_model(nb::module_& m) {
           "hidden_act"_a, "ropes"_a, "layer_ropes"_a = nb::none(), "layer_windows"_a = nb::none(),
           "attention_scale"_a = nb::none(), "embedding_scale"_a = 1.0, "tie_word_embeddings"_a = false,
           "block_size"_a = nb::none(), "activation_rounding"_a = "divide", "activation_bits"_a = 8,
-          "hadamard"_a = std::map<std::string, size_t>(), "query_bits"_a = 16);
+          "hadamard"_a = std::map<std::string, size_t>(), "query_bits"_a = 16, "kv_bits"_a = 16);
 
   nb::class_<Model>(m, "Model", nb::is_final())
       .def(nb::new_(&load), "path"_a.none(), "tensors"_a, "config"_a, nb::kw_only(), "threads"_a = 0, "mmap"_a = false,

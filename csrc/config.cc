@@ -62,6 +62,8 @@ void validate(const Config& c) {
           "activation_bits = " + std::to_string(c.activation_bits) + ": the engine runs 8 and 4");
   require(c.query_bits == 16 || c.query_bits == 8 || c.query_bits == 4,
           "query_bits = " + std::to_string(c.query_bits) + ": the engine runs 16, 8 and 4");
+  require(c.kv_bits == 16 || c.kv_bits == 8 || c.kv_bits == 4 || c.kv_bits == 3,
+          "kv_bits = " + std::to_string(c.kv_bits) + ": the engine runs 16, 8, 4 and 3");
   require_block("o_proj", c.hadamard_o_proj, c.query_size());
   require_block("down_proj", c.hadamard_down_proj, c.intermediate_size);
 }

@@ -61,7 +61,9 @@ struct Config {
   Rounding activation_rounding = Rounding::divide;
   size_t activation_bits = 8;                          // of ternary linears: absmax INT8, or absmean INT4
   size_t hadamard_o_proj = 0, hadamard_down_proj = 0;  // block of the transform of their inputs; 0: none
-  size_t query_bits = 16;                              // after rotation; 16: not quantised
+  // Of queries after rotation, and of keys and values as attention sees them; 16: not quantised. Position 0 keeps keys
+  // and values of eight bits.
+  size_t query_bits = 16, kv_bits = 16;
 
   size_t query_size() const { return num_attention_heads * head_dim; }
   size_t key_size() const { return num_key_value_heads * head_dim; }

@@ -28,6 +28,8 @@ class KvCache {
   // Whether positions side by side share bytes, so that no two threads may store positions of one head.
   bool shares_bytes() const { return is_low_bit(form_); }
 
+  size_t bits() const { return cache_bits(form_); }
+
   // Bytes of the first `positions` positions.
   uint64_t bytes(size_t positions) const;
 

@@ -20,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from .engine import Engine, EngineScorer
-from .engine.engine import CacheForm
+from .engine.engine import CacheChoice
 from .errors import ConfigError, DataError
 from .packed import is_packed
 
@@ -220,7 +220,7 @@ class EngineLM(ScorerLM):
         self,
         pretrained: str,
         threads: int | None = None,
-        kv_cache: CacheForm = "fp16",
+        kv_cache: CacheChoice = "auto",
         max_length: int | None = None,
         **others: Any,
     ) -> None:
@@ -270,7 +270,7 @@ def run(
     include_path: Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    kv_cache: CacheForm = "fp16",
+    kv_cache: CacheChoice = "auto",
     chat: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Judge a checkpoint, or an exported model in the engine, on tasks of lm-eval: its results, and its table.
@@ -288,7 +288,7 @@ def run(
             f"--tasks {', '.join(unknown)}: lm-eval has no such task; --include-path adds a folder"
         )
     packed = is_packed(Path(source))
-    if kv_cache != "fp16" and not packed:
+    if kv_cache != "auto" and not packed:
         raise ConfigError("--kv-cache is of the engine; give it with an exported model")
     results = lm_eval.simple_evaluate(
         model=EngineLM(source, kv_cache=kv_cache) if packed else TorchLM(source),

@@ -174,7 +174,12 @@ def test_ternary_products_of_int4_codes_at_their_ends(isa: str) -> None:
     weights = rng.integers(-1, 2, (64, 8192)).astype(np.int8)
     weights[0], weights[1] = 1, -1
     code = rng.integers(-8, 8, (14, 8192)).astype(np.int8)
-    code[0], code[1], code[2], code[3] = -8, 7, np.where(weights[2] < 0, -8, 7), np.where(weights[2] < 0, 7, -8)
+    code[0], code[1], code[2], code[3] = (
+        -8,
+        7,
+        np.where(weights[2] < 0, -8, 7),
+        np.where(weights[2] < 0, 7, -8),
+    )
     packed = layout.pack(weights)
     for kernel in ("gemv", "gemm"):
         dot = _core.ternary_dot(packed, 64, 8192, code, isa=isa, kernel=kernel)[:, 0]
