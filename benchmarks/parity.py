@@ -31,7 +31,7 @@ from bitdistill.data.tasks import load_task
 from bitdistill.engine import EngineScorer
 from bitdistill.evaluate import TorchScorer
 from bitdistill.export import export, ternary_of
-from bitdistill.model.quant import quantize_int8
+from bitdistill.model.quant import quantize_int4, quantize_int8
 from bitdistill.packed import read_header
 from bitdistill.pipeline import heldout_sequences
 from bitdistill.recipe import load_recipe
@@ -80,12 +80,11 @@ def torch_codes(
     def watch(name: str) -> Callable[[Any, tuple], None]:
         def hook(module: Any, inputs: tuple) -> None:
             x = inputs[0][0]
-            if getattr(module, "norm", None) is not None:
-                x = module.norm(x)
             if hasattr(module, "online_quant"):  # transformers multiplies by the reciprocal
                 code = (x * (127 / x.abs().amax(-1, keepdim=True).clamp(min=1e-5))).round().clamp(-128, 127)
             else:
-                code = quantize_int8(x)[0]
+                quantize = quantize_int4 if module.spec.activation_bits == 4 else quantize_int8
+                code = quantize(module.inputs(x))[0]
             codes[name] = code.numpy().astype(np.int8)
 
         return hook

@@ -1,6 +1,7 @@
 #include <cstring>
 
 #include "decoder.h"
+#include "low_bits.h"
 
 namespace bitdistill {
 namespace {
@@ -34,6 +35,7 @@ class AttentionPass {
       float* query = query_row(t) + (head * group + i) * dim;
       if (layer_.q_norm != nullptr) room_.rms_norm(query, layer_.q_norm, config_.rms_norm_eps, dim, query);
       turn(query, t);
+      if (config_.query_bits < 16) round_to(config_.query_bits, query);
     }
     store(t, head);
   }
@@ -43,7 +45,12 @@ class AttentionPass {
     float* key = query_row(t) + work_.query_stride + head * dim;
     if (layer_.k_norm != nullptr) room_.rms_norm(key, layer_.k_norm, config_.rms_norm_eps, dim, key);
     turn(key, t);
-    const float* value = query_row(t) + work_.query_stride + work_.key_stride + head * dim;
+    float* value = query_row(t) + work_.query_stride + work_.key_stride + head * dim;
+    if (config_.kv_bits < 16 && config_.kv_bits < chunk_[t].cache->bits()) {  // else the cache rounds them
+      const size_t bits = chunk_[t].position == 0 ? 8 : config_.kv_bits;
+      round_to(bits, key);
+      round_to(bits, value);
+    }
     chunk_[t].cache->store(room_, index_, head, chunk_[t].position, key, value, own_.half.data());
   }
 
@@ -86,6 +93,11 @@ class AttentionPass {
  private:
   float* query_row(size_t t) { return work_.qkv.data() + t * row_stride_; }
 
+  void round_to(size_t bits, float* x) {
+    const LowBits low(x, config_.head_dim, bits);
+    for (size_t e = 0; e < config_.head_dim; ++e) x[e] = low.value(x[e]);
+  }
+
   void turn(float* x, size_t t) {
     if (kind_.rope == LayerAttention::kNoRope) return;
     const size_t half = config_.head_dim / 2, at = (kind_.rope * kChunk + t) * half;
@@ -103,6 +115,22 @@ class AttentionPass {
   size_t row_stride_;
 };
 
+// body(t, head) for every token and KV head, dealt by tokens; by heads where positions share bytes of a cache.
+template <class Body>
+void deal_states(Chunk chunk, size_t heads, const Workspace& work, Worker& worker, Body&& body) {
+  const size_t count = chunk.size();
+  const auto all = [&](Range tokens, Range of_heads) {
+    for (size_t t = tokens.begin; t < tokens.end; ++t) {
+      for (size_t head = of_heads.begin; head < of_heads.end; ++head) body(t, head);
+    }
+  };
+  if (work.shares_bytes) {
+    worker.deal(heads, 1, [&](Range part) { all({0, count}, part); });
+  } else {
+    worker.deal(count, kTokensDealt, [&](Range part) { all(part, {0, heads}); });
+  }
+}
+
 }  // namespace
 
 void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker) {
@@ -119,11 +147,7 @@ void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& wor
   // storing and reading.
   const bool one_each = work.one_token_each;
   if (!one_each) {
-    worker.deal(chunk.size(), kTokensDealt, [&](Range tokens) {
-      for (size_t t = tokens.begin; t < tokens.end; ++t) {
-        for (size_t head = 0; head < heads; ++head) pass.turn_and_store(t, head);
-      }
-    });
+    deal_states(chunk, heads, work, worker, [&](size_t t, size_t head) { pass.turn_and_store(t, head); });
     worker.barrier();
   }
   const size_t tiles = work.tiles.size();
@@ -137,11 +161,8 @@ void run_attention(const Model& model, size_t layer, Chunk chunk, Workspace& wor
 
 void store_keys(const Model& model, size_t layer, Chunk chunk, Workspace& work, Worker& worker) {
   AttentionPass pass(model, layer, chunk, work, worker);
-  worker.deal(chunk.size(), kTokensDealt, [&](Range tokens) {
-    for (size_t t = tokens.begin; t < tokens.end; ++t) {
-      for (size_t head = 0; head < model.config().num_key_value_heads; ++head) pass.store(t, head);
-    }
-  });
+  deal_states(chunk, model.config().num_key_value_heads, work, worker,
+              [&](size_t t, size_t head) { pass.store(t, head); });
 }
 
 }  // namespace bitdistill

@@ -1,6 +1,7 @@
 // The Python module: checks arguments, releases the GIL, calls. Documented in src/bitdistill/_core.pyi.
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
+#include <nanobind/stl/map.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
@@ -8,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
+#include <map>
 #include <stdexcept>
 #include <system_error>
 
@@ -216,7 +218,8 @@ void bind_model(nb::module_& m) {
              double rms_norm_eps, const std::string& hidden_act, const Ropes& ropes, const LayerRopes& layer_ropes,
              const std::optional<std::vector<size_t>>& layer_windows, std::optional<double> attention_scale,
              double embedding_scale, bool tie_word_embeddings, std::optional<size_t> block_size,
-             const std::string& activation_rounding) {
+             const std::string& activation_rounding, size_t activation_bits,
+             const std::map<std::string, size_t>& hadamard, size_t query_bits, size_t kv_bits) {
             Config config;
             config.vocab_size = vocab_size;
             config.hidden_size = hidden_size;
@@ -239,6 +242,15 @@ void bind_model(nb::module_& m) {
             config.activation_rounding =
                 one_of<Rounding>("activation_rounding", activation_rounding,
                                  {{"divide", Rounding::divide}, {"multiply", Rounding::multiply}});
+            config.activation_bits = activation_bits;
+            config.query_bits = query_bits;
+            config.kv_bits = kv_bits;
+            for (const auto& [site, block] : hadamard) {
+              if (block == 0) throw std::invalid_argument("hadamard block 0 of " + site + ": leave the site out");
+              *one_of<size_t*>("hadamard", site,
+                               {{"o_proj", &config.hadamard_o_proj}, {"down_proj", &config.hadamard_down_proj}}) =
+                  block;
+            }
             validate(config);
             new (self) Config(std::move(config));
           },
@@ -246,7 +258,8 @@ void bind_model(nb::module_& m) {
           "num_attention_heads"_a, "num_key_value_heads"_a, "head_dim"_a, "max_context"_a, "rms_norm_eps"_a,
           "hidden_act"_a, "ropes"_a, "layer_ropes"_a = nb::none(), "layer_windows"_a = nb::none(),
           "attention_scale"_a = nb::none(), "embedding_scale"_a = 1.0, "tie_word_embeddings"_a = false,
-          "block_size"_a = nb::none(), "activation_rounding"_a = "divide");
+          "block_size"_a = nb::none(), "activation_rounding"_a = "divide", "activation_bits"_a = 8,
+          "hadamard"_a = std::map<std::string, size_t>(), "query_bits"_a = 16, "kv_bits"_a = 16);
 
   nb::class_<Model>(m, "Model", nb::is_final())
       .def(nb::new_(&load), "path"_a.none(), "tensors"_a, "config"_a, nb::kw_only(), "threads"_a = 0, "mmap"_a = false,

@@ -54,7 +54,9 @@ T one_of(const char* field, const std::string& value, std::initializer_list<std:
 }
 
 inline Cache cache_named(const std::string& name) {
-  return one_of<Cache>("kv", name, {{"fp16", Cache::f16}, {"int8", Cache::i8}, {"fp32", Cache::f32}});
+  return one_of<Cache>(
+      "kv", name,
+      {{"fp16", Cache::f16}, {"int8", Cache::i8}, {"int4", Cache::i4}, {"int3", Cache::i3}, {"fp32", Cache::f32}});
 }
 
 }  // namespace bitdistill

@@ -159,24 +159,48 @@ nb::object ternary_linear(const ArrayIn<uint8_t, 4>& packed, const ArrayIn<float
   return out.cast();
 }
 
+void require_hadamard(size_t features, size_t block) {
+  require(block == 0 || ((block & (block - 1)) == 0 && features % block == 0),
+          "the Hadamard block must be a power of two that divides the columns");
+}
+
 nb::object norm_quantize(const ArrayIn<float, 2>& x, const std::optional<FloatVector>& gain, double eps,
-                         const std::string& isa, const std::string& rounding) {
+                         const std::string& isa, const std::string& rounding, size_t bits, size_t hadamard_block) {
   const KernelTable& room = room_named(isa);
   const size_t tokens = x.shape(0), n = x.shape(1);
   require(n >= 1 && n <= kMaxFeatures, "x must have 1..2^18 columns");
   require(!gain || gain->shape(0) == n, "gain must have one value for each column");
   require(rounding == "divide" || rounding == "multiply", "rounding must be divide or multiply");
+  require(bits == 8 || bits == 4, "bits must be 8 or 4");
+  require_hadamard(n, hadamard_block);
   ArrayOut<int8_t> code({tokens, n});
   FloatOut scale({tokens});
   std::vector<float> normed(n);
   for (size_t t = 0; t < tokens; ++t) {
     room.rms_norm(x.data() + t * n, gain ? gain->data() : nullptr, static_cast<float>(eps), n, normed.data());
+    if (hadamard_block != 0) room.hadamard(normed.data(), n, hadamard_block);
     int32_t sum;
     scale.data()[t] =
-        room.quantize(normed.data(), n, n, n, rounding == "divide" ? Rounding::divide : Rounding::multiply,
-                      code.data() + t * n, &sum);
+        bits == 4 ? room.quantize_int4(normed.data(), n, n, n, code.data() + t * n, &sum)
+                  : room.quantize(normed.data(), n, n, n, rounding == "divide" ? Rounding::divide : Rounding::multiply,
+                                  code.data() + t * n, &sum);
   }
   return nb::make_tuple(code.cast(), scale.cast());
+}
+
+nb::object hadamard(const ArrayIn<float, 2>& x, size_t block, const std::string& isa) {
+  const KernelTable& room = room_named(isa);
+  const size_t n = x.shape(1);
+  require(block != 0, "block must be a power of two");
+  require_hadamard(n, block);
+  FloatOut out({x.shape(0), n});
+  std::vector<float> row(n);  // of exactly the size a kernel may touch
+  for (size_t t = 0; t < x.shape(0); ++t) {
+    std::copy(x.data() + t * n, x.data() + (t + 1) * n, row.data());
+    room.hadamard(row.data(), n, block);
+    std::copy(row.begin(), row.end(), out.data() + t * n);
+  }
+  return out.cast();
 }
 
 nb::object attend(const ArrayIn<float, 3>& query, const ArrayIn<float, 3>& key, const ArrayIn<float, 3>& value,
@@ -295,7 +319,8 @@ void bind_kernels(nb::module_& m) {
   m.def("ternary_linear", &ternary_linear, "packed"_a, "weight_scale"_a, "bias"_a.none(), "rows"_a, "columns"_a,
         "code"_a, "act_scale"_a, nb::kw_only(), "isa"_a, "threads"_a = 1, "block_size"_a = 0);
   m.def("norm_quantize", &norm_quantize, "x"_a, "gain"_a.none(), "eps"_a, nb::kw_only(), "isa"_a,
-        "rounding"_a = "divide");
+        "rounding"_a = "divide", "bits"_a = 8, "hadamard_block"_a = 0);
+  m.def("hadamard", &hadamard, "x"_a, "block"_a, nb::kw_only(), "isa"_a);
   m.def("attend", &attend, "query"_a, "key"_a, "value"_a, "scale"_a, nb::kw_only(), "isa"_a, "kv"_a = "fp16",
         "window"_a = 0);
   m.def("head_logits", &head_logits, "weight"_a, "weight_scale"_a.none(), "x"_a, nb::kw_only(), "isa"_a);

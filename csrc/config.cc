@@ -15,6 +15,12 @@ void require_range(const char* field, size_t value, size_t most) {
           std::string(field) + " = " + std::to_string(value) + " is not in 1.." + std::to_string(most));
 }
 
+void require_block(const char* site, size_t block, size_t features) {
+  require(block == 0 || ((block & (block - 1)) == 0 && features % block == 0),
+          "hadamard block " + std::to_string(block) + " of " + site + " is not a power of two that divides its " +
+              std::to_string(features) + " input features");
+}
+
 }  // namespace
 
 void validate(const Config& c) {
@@ -52,6 +58,14 @@ void validate(const Config& c) {
   require(std::isfinite(c.rms_norm_eps) && c.rms_norm_eps >= 0, "rms_norm_eps is not a finite, non-negative number");
   require(c.block_size <= kMaxFeatures,
           "block_size = " + std::to_string(c.block_size) + " is above " + std::to_string(kMaxFeatures));
+  require(c.activation_bits == 8 || c.activation_bits == 4,
+          "activation_bits = " + std::to_string(c.activation_bits) + ": the engine runs 8 and 4");
+  require(c.query_bits == 16 || c.query_bits == 8 || c.query_bits == 4,
+          "query_bits = " + std::to_string(c.query_bits) + ": the engine runs 16, 8 and 4");
+  require(c.kv_bits == 16 || c.kv_bits == 8 || c.kv_bits == 4 || c.kv_bits == 3,
+          "kv_bits = " + std::to_string(c.kv_bits) + ": the engine runs 16, 8, 4 and 3");
+  require_block("o_proj", c.hadamard_o_proj, c.query_size());
+  require_block("down_proj", c.hadamard_down_proj, c.intermediate_size);
 }
 
 }  // namespace bitdistill

@@ -23,6 +23,24 @@ struct LayerAttention {
   size_t rope = 0;    // index into Config::ropes, or kNoRope
 };
 
+// Bits of a number in a cache.
+constexpr size_t cache_bits(Cache form) {
+  switch (form) {
+    case Cache::i3:
+      return 3;
+    case Cache::i4:
+      return 4;
+    case Cache::i8:
+      return 8;
+    case Cache::f16:
+      return 16;
+    default:
+      return 32;
+  }
+}
+constexpr bool is_low_bit(Cache form) { return cache_bits(form) < 8; }
+constexpr bool has_codes(Cache form) { return cache_bits(form) <= 8; }
+
 struct Config {
   size_t vocab_size = 0;
   size_t hidden_size = 0;
@@ -41,6 +59,11 @@ struct Config {
   bool tie_word_embeddings = false;
   size_t block_size = 0;  // input features per weight scale; 0: scales are per tensor or per row
   Rounding activation_rounding = Rounding::divide;
+  size_t activation_bits = 8;                          // of ternary linears: absmax INT8, or absmean INT4
+  size_t hadamard_o_proj = 0, hadamard_down_proj = 0;  // block of the transform of their inputs; 0: none
+  // Of queries after rotation, and of keys and values as attention sees them; 16: not quantised. Position 0 keeps keys
+  // and values of eight bits.
+  size_t query_bits = 16, kv_bits = 16;
 
   size_t query_size() const { return num_attention_heads * head_dim; }
   size_t key_size() const { return num_key_value_heads * head_dim; }

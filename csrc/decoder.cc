@@ -14,7 +14,8 @@ class LayerPass {
       : config_(model.config()), room_(model.room()), chunk_(chunk), work_(work), worker_(worker) {}
 
   // Inputs of linears that read x = [tokens][x_stride]: normed by `norm` (null: as it is), then by each linear's own
-  // norm, then quantised or kept as floats. Linears without a norm of their own share one input.
+  // norm, then transformed where it asks for that, then quantised or kept as floats. Linears without a norm of their
+  // own share one input.
   void prepare(const float* x, size_t x_stride, const float* norm, std::span<const Linear* const> linears) {
     const bool alone = chunk_.size() == 1;
     for (size_t i = 0; i < linears.size(); ++i) {
@@ -74,8 +75,13 @@ class LayerPass {
         room_.rms_norm(normed, linears[i]->norm, config_.rms_norm_eps, n, own.normed.data());
         in = own.normed.data();
       }
+      if (const size_t block = linears[i]->hadamard_block; block != 0) {
+        if (in != own.normed.data()) std::memcpy(own.normed.data(), in, n * sizeof(float));
+        room_.hadamard(own.normed.data(), n, block);
+        in = own.normed.data();
+      }
       if (linears[i]->is_ternary) {
-        quantize_token(room_, config_.activation_rounding, in, t, inputs_[i]);
+        quantize_token(room_, config_, in, t, inputs_[i]);
       } else {
         std::memcpy(inputs_[i].floats + t * n, in, n * sizeof(float));
       }
@@ -196,9 +202,11 @@ void begin_chunk(const Config& config, Chunk chunk, Workspace& work) {
   const size_t most = std::max<size_t>(1, kAttendRows / std::min(config.queries_per_key(), kAttendRows));
   work.tiles.clear();
   work.one_token_each = true;
+  work.shares_bytes = false;
   for (size_t t = 0; t < chunk.size(); ++t) {
     const bool goes_on = t > 0 && chunk[t].cache == chunk[t - 1].cache;
     work.one_token_each = work.one_token_each && !goes_on;
+    work.shares_bytes = work.shares_bytes || chunk[t].cache->shares_bytes();
     if (goes_on && t - work.tiles.back().begin < most) {
       work.tiles.back().end = t + 1;
     } else {

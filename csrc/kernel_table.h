@@ -44,7 +44,7 @@ enum Feature : uint32_t {
 enum class Rounding { divide, multiply };  // x / (max / 127) or x * (127 / max)
 enum class Activation { silu, relu2, gelu_tanh };
 enum class Float { f32, bf16, f16 };
-enum class Cache { f32, f16, i8 };  // how keys and values are kept
+enum class Cache { f32, f16, i8, i4, i3 };  // how keys and values are kept
 
 // dot products -> float: out[t * out_stride + r] (+)= dot[t * 32 + r] * (act_scale[t] * scale[r]) + bias[r]
 struct Dequantize {
@@ -63,7 +63,9 @@ struct Dequantize {
 // Of the cache of one KV head: chunks of kChunkKeys keys, each [keys][values][key scales][value scales], so that
 // reading it is one stream. Keys lie in blocks of 16, [block][head_dim][16], values in rows of padded_dim. Codes (i8)
 // lie in quads, for products of four: keys [block][ceil(head_dim / 4)][16][4], values [key / 4][padded_dim][4]; each
-// key and each value has a float as scale.
+// key and each value has a float as scale. Codes of four and of three bits are stored with 8 and 4 added. Two quads of
+// i4 share their bytes, the first in the low bits. Eight of i3 share three runs of bytes: the low two bits of quads 0-3
+// (quad 0 lowest), those of quads 4-7, and the high bits of all eight (quad q in bit q).
 struct CacheLayout {
   size_t key_bytes, value_bytes;                // of one key, of one value
   size_t values_at, scales_at, bytes_of_chunk;  // within a chunk
@@ -79,11 +81,14 @@ struct Attend {
   const uint8_t* cache = nullptr;  // of the head
   Cache form = Cache::f32;
   CacheLayout layout = {};
+  // i4 and i3: key and value of position 0, whose codes have eight bits, as floats [2][padded_dim]; its place among the
+  // codes is void.
+  const float* start = nullptr;
   size_t head_dim;
   size_t padded_dim;             // head_dim rounded up to 16
   float* out;                    // [rows][padded_dim]
   float* scores;                 // scratch, kAttendRows * kChunkKeys
-  int8_t* query_code = nullptr;  // i8: scratch, kAttendRows * 2 * padded_dim
+  int8_t* query_code = nullptr;  // codes: scratch, kAttendRows * 2 * padded_dim
 };
 
 // A token's state as two int8 codes, x ~= (254 high + low) * scale, in whole groups of kInt4Group. Codes are within
@@ -124,6 +129,13 @@ struct KernelTable {
   // sum of segment s. Returns the scale.
   float (*quantize)(const float* x, size_t n, size_t segment, size_t padded, Rounding rounding, int8_t* code,
                     int32_t* sums);
+
+  // The same for absmean INT4 (BitNet v2, eq. 5): codes -8..7, x ~= code * scale, scale = mean|x| / sqrt(7).
+  float (*quantize_int4)(const float* x, size_t n, size_t segment, size_t padded, int8_t* code, int32_t* sums);
+
+  // Orthonormal Hadamard transform (natural order) of every `block` elements of x[n], in place; block is a power of two
+  // that divides n.
+  void (*hadamard)(float* x, size_t n, size_t block);
 
   // out[i] = activation(gate[i]) * up[i]
   void (*gate)(const float* gate, const float* up, size_t n, Activation activation, float* out);

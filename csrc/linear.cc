@@ -86,23 +86,29 @@ CodeShape code_shape(size_t columns, size_t block_size, size_t group) {
   return {segment, round_up(segment, group), ceil_div(columns, segment)};
 }
 
-void quantize_token(const KernelTable& room, Rounding rounding, const float* x, size_t t, const Input& input) {
+void quantize_token(const KernelTable& room, const Config& config, const float* x, size_t t, const Input& input) {
   const CodeShape& shape = input.shape;
   int8_t* code = input.code + t * shape.stride();
+  const auto quantize = [&](int32_t* sums) {
+    input.scale[t] =
+        config.activation_bits == 4
+            ? room.quantize_int4(x, input.columns, shape.segment, shape.padded, code, sums)
+            : room.quantize(x, input.columns, shape.segment, shape.padded, config.activation_rounding, code, sums);
+  };
   if (input.tokens == 1 || shape.segments == 1) {
-    input.scale[t] = room.quantize(x, input.columns, shape.segment, shape.padded, rounding, code, input.sums + t);
+    quantize(input.sums + t);
     return;
   }
   // Sums of one segment lie together for all tokens; a row delivers its segments one after the other.
   constexpr size_t kAtOnce = 64;
   int32_t sums[kMaxFeatures / kAtOnce];
   if (shape.segments <= std::size(sums)) {
-    input.scale[t] = room.quantize(x, input.columns, shape.segment, shape.padded, rounding, code, sums);
+    quantize(sums);
     for (size_t s = 0; s < shape.segments; ++s) input.sums[s * input.tokens + t] = sums[s];
     return;
   }
   std::vector<int32_t> many(shape.segments);  // blocks of a few features: not worth a fast path
-  input.scale[t] = room.quantize(x, input.columns, shape.segment, shape.padded, rounding, code, many.data());
+  quantize(many.data());
   for (size_t s = 0; s < shape.segments; ++s) input.sums[s * input.tokens + t] = many[s];
 }
 

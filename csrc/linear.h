@@ -30,8 +30,8 @@ struct Input {
   size_t columns = 0;
 };
 
-// Codes of token t of `x` into `input`.
-void quantize_token(const KernelTable& room, Rounding rounding, const float* x, size_t t, const Input& input);
+// Codes of token t of `x` into `input`, of the model's activation_bits.
+void quantize_token(const KernelTable& room, const Config& config, const float* x, size_t t, const Input& input);
 // Interleaves the codes of the tile that starts at token `first`.
 void pack_tile(size_t first, const Input& input);
 

@@ -73,6 +73,8 @@ class Loader {
     linear(layer.gate_proj, prefix + "mlp.gate_proj", c.intermediate_size, c.hidden_size);
     linear(layer.up_proj, prefix + "mlp.up_proj", c.intermediate_size, c.hidden_size);
     linear(layer.down_proj, prefix + "mlp.down_proj", c.hidden_size, c.intermediate_size);
+    if (layer.o_proj.is_ternary) layer.o_proj.hadamard_block = c.hadamard_o_proj;
+    if (layer.down_proj.is_ternary) layer.down_proj.hadamard_block = c.hadamard_down_proj;
   }
 
   // --- finding ---
@@ -338,8 +340,8 @@ Model::Model(std::unique_ptr<TensorSource> source, const std::vector<TensorEntry
 Model::~Model() = default;
 
 uint64_t Model::decode_bytes(size_t context, Cache form) const {
-  const uint64_t scale_bytes = form == Cache::i8 ? config_.num_key_value_heads * sizeof(float) : 0;
-  const uint64_t key_bytes = config_.key_size() * (form == Cache::i8 ? 1 : form == Cache::f16 ? 2 : 4) + scale_bytes;
+  const uint64_t scale_bytes = has_codes(form) ? config_.num_key_value_heads * sizeof(float) : 0;
+  const uint64_t key_bytes = ceil_div(config_.key_size() * cache_bits(form), 8) + scale_bytes;
   uint64_t kv = 0;
   for (const LayerAttention& layer : config_.attention) {
     kv += 2 * key_bytes * (layer.window == 0 ? context : std::min(context, layer.window));

@@ -59,6 +59,7 @@ struct Linear {
   DenseMatrix dense;
   const float* bias = nullptr;
   const float* norm = nullptr;  // RMSNorm of the input
+  size_t hadamard_block = 0;    // features of a block of the transform after that; 0: none
 
   size_t rows() const { return is_ternary ? ternary.rows : dense.rows; }
   size_t columns() const { return is_ternary ? ternary.columns : dense.columns; }

@@ -60,6 +60,7 @@ struct Workspace {
   std::vector<Scratch> scratch;  // one per thread
   std::vector<Range> tiles;      // of attention: tokens of one sequence, at most kAttendRows query rows a KV head
   bool one_token_each = false;   // of every sequence in the chunk
+  bool shares_bytes = false;     // a cache of the chunk does
   Taps* taps = nullptr;
   Profile* profile = nullptr;
 

@@ -18,7 +18,7 @@ from bitdistill.engine.bench import Measured, run_bench
 from bitdistill.engine.bench_worker import OwnModel
 from bitdistill.engine.facts import packed_facts
 from bitdistill.engine.loading import PackedModel
-from bitdistill.engine.shapes import SHAPES, random_model, ternary_weights, write_random
+from bitdistill.engine.shapes import SHAPES, find_shape, random_model, ternary_weights, write_random
 from bitdistill.errors import ConfigError
 from bitdistill.recipe import load_recipe
 
@@ -211,7 +211,7 @@ def test_bench_measures_batches_loading_and_classification(packed: tuple) -> Non
 
 
 def test_a_random_file_has_the_shape_s_sizes_and_loads(tmp_path: Path) -> None:
-    shape = SHAPES["qwen3-0.6b"] | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    shape = find_shape("qwen3-0.6b") | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     for head in ("bf16", "int8", "int4"):
         folder = write_random(tmp_path / head, shape | {"vocab_size": 100}, head)
         model = PackedModel.open(folder).load(threads=1)

@@ -2,13 +2,11 @@
 // 2205.14135): memory is bounded by kChunkKeys scores a row, whatever the length of the text.
 //
 // Keys lie transposed in blocks of 16, so that a vector holds the scores of neighbouring keys and no dot product ends
-// in a horizontal sum. Included by a room after float_ops.h. Of V it needs besides: kScoreSums and kMixSums, how many
-// accumulators cover an addition's latency and how many the registers hold; and for an int8 cache Ints (int32 lanes,
-// kWidth of them, or as many quads of codes), ints (a value in every lane), load_codes (a quad for each lane), four
-// (one quad for all lanes), dot (adds a quad's products to each lane; cached codes offset by kCodeOffset), to_float.
+// in a horizontal sum. Included by a room before its vector type. Of V it needs besides what cached_codes.h does:
+// kScoreSums and kMixSums, how many accumulators cover an addition's latency and how many the registers hold.
 #pragma once
 
-#include "float_ops.h"
+#include "cached_codes.h"
 
 namespace {
 
@@ -74,127 +72,6 @@ inline void mix_values(const float* weights, const uint8_t* values, size_t count
   }
 }
 
-// --- an int8 cache: products of codes ---
-// Queries and softmax weights are split in two int8 codes each, x ~= (254 high + low) * scale, so that products with
-// the cache are sums of int8 products: exact, and four to a lane. An error of x is at most scale / 2 = peak / 64516.
-
-struct SplitRow {
-  const int8_t *high, *low;
-  float scale;
-  int32_t high_excess, low_excess;  // what a room's offset of the cached codes adds to a product
-};
-
-// x[n] -> codes, zero up to `padded`.
-template <class V>
-inline SplitRow split_row(const float* x, size_t n, size_t padded, int8_t* high, int8_t* low) {
-  auto peaks = V::set(0);
-  float peak = 0;
-  each<V>(n, [&]<class W>(size_t i) {
-    if constexpr (W::kWidth == V::kWidth) {
-      peaks = W::max(W::abs(W::load(x + i)), peaks);
-    } else {
-      peak = Scalar::max(Scalar::abs(x[i]), peak);
-    }
-  });
-  peak = Scalar::max(V::highest(peaks), peak);
-  if (!(peak > 1e-30f && peak < 1e30f)) peak = 1;  // so small that codes are zero; or not finite
-  const float step = peak / 127, scale = step / 254;
-  auto high_sum = V::set(0), low_sum = V::set(0);
-  float high_rest = 0, low_rest = 0;
-  each<V>(n, [&]<class W>(size_t i) {
-    const auto value = W::load(x + i);
-    const auto h = W::round(W::mul(value, W::set(1 / step)));
-    const auto l = W::round(W::mul(W::fma(h, W::set(-step), value), W::set(1 / scale)));
-    W::store_i8(high + i, h);
-    W::store_i8(low + i, l);
-    if constexpr (W::kWidth == V::kWidth) {
-      high_sum = W::add(high_sum, h);
-      low_sum = W::add(low_sum, l);
-    } else {
-      high_rest += h;
-      low_rest += l;
-    }
-  });
-  for (size_t i = n; i < padded; ++i) high[i] = low[i] = 0;
-  const auto excess = [](float sum) {
-    return sum > -1e6f && sum < 1e6f ? V::kCodeOffset * static_cast<int32_t>(sum) : 0;  // NaN in, anything out
-  };
-  return {high, low, scale, excess(V::sum(high_sum) + high_rest), excess(V::sum(low_sum) + low_rest)};
-}
-
-// One strip of cached codes, kStrips registers wide, against kRows rows: sums[r][strip] = 254 high + low as floats.
-// Quad q (four features, or four keys) of a strip lies at codes + q * quad_stride + strip * strip_stride.
-template <class V, size_t kRows, size_t kStrips>
-inline void dot_codes(const SplitRow* rows, const uint8_t* codes, size_t quads, size_t quad_stride, size_t strip_stride,
-                      typename V::Reg (&sums)[kRows][kStrips]) {
-  typename V::Ints high[kRows][kStrips], low[kRows][kStrips];
-#pragma GCC unroll 8
-  for (size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (size_t s = 0; s < kStrips; ++s) {
-      high[r][s] = V::ints(-rows[r].high_excess);
-      low[r][s] = V::ints(-rows[r].low_excess);
-    }
-  }
-  for (size_t q = 0; q < quads; ++q, codes += quad_stride) {
-    typename V::Ints cached[kStrips];
-#pragma GCC unroll 8
-    for (size_t s = 0; s < kStrips; ++s) cached[s] = V::load_codes(codes + s * strip_stride);
-#pragma GCC unroll 8
-    for (size_t r = 0; r < kRows; ++r) {
-      const auto h = V::four(rows[r].high + 4 * q), l = V::four(rows[r].low + 4 * q);
-#pragma GCC unroll 8
-      for (size_t s = 0; s < kStrips; ++s) {
-        high[r][s] = V::dot(high[r][s], cached[s], h);
-        low[r][s] = V::dot(low[r][s], cached[s], l);
-      }
-    }
-  }
-#pragma GCC unroll 8
-  for (size_t r = 0; r < kRows; ++r) {
-#pragma GCC unroll 8
-    for (size_t s = 0; s < kStrips; ++s) {
-      sums[r][s] = V::fma(V::to_float(high[r][s]), V::set(254), V::to_float(low[r][s]));
-    }
-  }
-}
-
-// scores[r][0..16 kBlocks), for keys of kBlocks blocks and their scales.
-template <class V, size_t kRows, size_t kBlocks>
-inline void score_codes(const SplitRow* query, const uint8_t* keys, size_t quads, const float* scale, float* scores) {
-  // A block is [quads][16][4]; its strips lie side by side, and the next block follows.
-  constexpr size_t kEach = kKeyBlock / V::kWidth, kStripBytes = 4 * V::kWidth;
-  if constexpr (kEach > 1 && kBlocks > 1) {
-    for (size_t b = 0; b < kBlocks; ++b) {
-      score_codes<V, kRows, 1>(query, keys + b * quads * 4 * kKeyBlock, quads, scale + b * kKeyBlock,
-                               scores + b * kKeyBlock);
-    }
-  } else {
-    typename V::Reg sums[kRows][kBlocks * kEach];
-    dot_codes<V>(query, keys, quads, 4 * kKeyBlock, kBlocks > 1 ? quads * 4 * kKeyBlock : kStripBytes, sums);
-    for (size_t r = 0; r < kRows; ++r) {
-      for (size_t s = 0; s < kBlocks * kEach; ++s) {
-        const auto step = V::mul(V::load(scale + s * V::kWidth), V::set(query[r].scale));
-        V::store(scores + r * kChunkKeys + s * V::kWidth, V::mul(sums[r][s], step));
-      }
-    }
-  }
-}
-
-// out[r][0..kVectors * width) += sum over keys of weight[r][key] * value[key], values in [key / 4][padded_dim][4].
-template <class V, size_t kRows, size_t kVectors>
-inline void mix_codes(const SplitRow* weights, const uint8_t* values, size_t quads, size_t padded_dim, size_t column,
-                      float* out) {
-  typename V::Reg sums[kRows][kVectors];
-  dot_codes<V>(weights, values + 4 * column, quads, 4 * padded_dim, 4 * V::kWidth, sums);
-  for (size_t r = 0; r < kRows; ++r) {
-    for (size_t v = 0; v < kVectors; ++v) {
-      float* to = out + r * padded_dim + column + v * V::kWidth;
-      V::store(to, V::fma(sums[r][v], V::set(weights[r].scale), V::load(to)));
-    }
-  }
-}
-
 // Scores -> weights of one row over this chunk of keys, of which it sees [first, first + seen); rescales what the row
 // has so far.
 template <class V>
@@ -236,6 +113,23 @@ inline void soften(float* chunk, size_t first, size_t seen, size_t count, float*
   }
 }
 
+constexpr bool has_start_apart(Cache form) { return form == Cache::i4 || form == Cache::i3; }
+constexpr bool is_codes(Cache form) { return form == Cache::i8 || has_start_apart(form); }
+
+template <class V>
+inline float dot_floats(const float* x, const float* y, size_t n) {
+  auto sum = V::set(0);
+  float rest = 0;
+  each<V>(n, [&]<class W>(size_t i) {
+    if constexpr (W::kWidth == V::kWidth) {
+      sum = W::fma(W::load(x + i), W::load(y + i), sum);
+    } else {
+      rest += x[i] * y[i];
+    }
+  });
+  return V::sum(sum) + rest;
+}
+
 // Blocks or vectors side by side: what rows leave of `sums` accumulators.
 constexpr size_t side_by_side(size_t sums, size_t rows) { return sums > rows ? sums / rows : 1; }
 
@@ -243,7 +137,7 @@ constexpr size_t side_by_side(size_t sums, size_t rows) { return sums > rows ? s
 template <class V, Cache kForm, size_t kRows>
 inline void attend_rows(const Attend* a, const SplitRow* queries, size_t row, size_t start, size_t count,
                         float* highest, float* total) {
-  constexpr bool kCodes = kForm == Cache::i8;
+  constexpr bool kCodes = is_codes(kForm);
   constexpr size_t kTerms = kCodes ? 2 : 1;
   const CacheLayout& layout = a->layout;
   const size_t within_chunk = start % kChunkKeys;
@@ -256,7 +150,8 @@ inline void attend_rows(const Attend* a, const SplitRow* queries, size_t row, si
   const auto score = [&]<size_t kBlocks>(size_t key) {
     const uint8_t* block = keys + key * layout.key_bytes;
     if constexpr (kCodes) {
-      score_codes<V, kRows, kBlocks>(queries + row, block, layout.key_bytes / 4, key_scale + key, a->scores + key);
+      score_codes<V, kForm, kRows, kBlocks>(queries + row, block, (a->head_dim + 3) / 4, kKeyBlock * layout.key_bytes,
+                                            key_scale + key, a->scores + key);
     } else {
       score_blocks<V, kForm, kRows, kBlocks>(a->query + row * a->padded_dim, a->padded_dim, block, a->head_dim,
                                              a->scores + key);
@@ -267,25 +162,35 @@ inline void attend_rows(const Attend* a, const SplitRow* queries, size_t row, si
   for (; key + kBlocks * kKeyBlock <= count; key += kBlocks * kKeyBlock) score.template operator()<kBlocks>(key);
   for (; key < count; key += kKeyBlock) score.template operator()<1>(key);
 
+  const bool has_start = has_start_apart(kForm) && start == 0;
   int8_t codes[kCodes ? kRows : 1][2][kChunkKeys];
   SplitRow weights[kRows];
   for (size_t r = 0; r < kRows; ++r) {
     float* scores = a->scores + r * kChunkKeys;
     const auto seen = [&](size_t key) { return key <= start ? 0 : key - start < count ? key - start : count; };
     const size_t first = seen(a->first[row + r]), end = seen(a->visible[row + r]);
+    if (has_start) scores[0] = dot_floats<V>(a->query + (row + r) * a->padded_dim, a->start, a->padded_dim);
     soften<V>(scores, first, end - first, count, out + r * a->padded_dim, a->padded_dim, highest + row + r,
               total + row + r);
+    if (has_start) {
+      float* sum = out + r * a->padded_dim;
+      const float* value = a->start + a->padded_dim;
+      each<V>(a->padded_dim, [&]<class W>(size_t i) {
+        W::store(sum + i, W::fma(W::set(scores[0]), W::load(value + i), W::load(sum + i)));
+      });
+      scores[0] = 0;
+    }
     if constexpr (kCodes) {
       // What is stored as codes is scaled after its products: the weights of values.
       each<V>(count,
               [&]<class W>(size_t i) { W::store(scores + i, W::mul(W::load(scores + i), W::load(value_scale + i))); });
-      weights[r] = split_row<V>(scores, count, (count + 3) / 4 * 4, codes[r][0], codes[r][1]);
+      weights[r] = split_row<V, Quads<V, kForm>::kOffset>(scores, count, (count + 3) / 4 * 4, codes[r][0], codes[r][1]);
     }
   }
 
   const auto mix = [&]<size_t kVectors>(size_t column) {
     if constexpr (kCodes) {
-      mix_codes<V, kRows, kVectors>(weights, values, (count + 3) / 4, a->padded_dim, column, out);
+      mix_codes<V, kForm, kRows, kVectors>(weights, values, (count + 3) / 4, a->padded_dim, column, out);
     } else {
       mix_values<V, kForm, kRows, kVectors>(a->scores, values, count, a->padded_dim, column, out);
     }
@@ -305,18 +210,19 @@ void attend_typed(const Attend* a) {
   for (size_t r = 0; r < a->rows; ++r) {
     highest[r] = -1e30f;
     total[r] = 0;
-    if constexpr (kForm == Cache::i8) {
+    if constexpr (is_codes(kForm)) {
       int8_t* codes = a->query_code + 2 * r * a->padded_dim;
-      queries[r] =
-          split_row<V>(a->query + r * a->padded_dim, a->padded_dim, a->padded_dim, codes, codes + a->padded_dim);
+      queries[r] = split_row<V, Quads<V, kForm>::kOffset>(a->query + r * a->padded_dim, a->padded_dim, a->padded_dim,
+                                                          codes, codes + a->padded_dim);
     }
   }
   for (size_t i = 0; i < a->rows * a->padded_dim; ++i) a->out[i] = 0;
   const size_t last = a->visible[a->rows - 1];
   // Chunks of keys end at multiples of kChunkKeys wherever the first begins: the sums of a row then do not depend on
   // the rows beside it.
+  constexpr size_t kUnit = kForm == Cache::i3 ? 32 : kKeyBlock;  // keys whose bytes belong together
   size_t count;
-  for (size_t start = a->first[0] / kKeyBlock * kKeyBlock; start < last; start += count) {
+  for (size_t start = a->first[0] / kUnit * kUnit; start < last; start += count) {
     const size_t end = start / kChunkKeys * kChunkKeys + kChunkKeys;
     count = (last < end ? last : end) - start;
     size_t row = 0;
@@ -343,6 +249,10 @@ void attend(const Attend* a) {
   switch (a->form) {
     case Cache::i8:
       return attend_typed<V, Cache::i8, kCodeRows>(a);
+    case Cache::i4:
+      return attend_typed<V, Cache::i4, kCodeRows>(a);
+    case Cache::i3:
+      return attend_typed<V, Cache::i3, kCodeRows>(a);
     case Cache::f16:
       return attend_typed<V, Cache::f16, kRows>(a);
     default:

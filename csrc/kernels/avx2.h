@@ -5,6 +5,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
+#include "hadamard.h"
 #include "repack.h"
 
 namespace {
@@ -25,6 +26,11 @@ struct Avx2 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm256_fmadd_ps(a, b, c); }
   static Reg abs(Reg a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
   static Reg round(Reg a) { return _mm256_round_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  template <size_t kLanes>
+  static Reg exchange(Reg a) {
+    if constexpr (kLanes == 4) return _mm256_permute2f128_ps(a, a, 1);
+    return _mm256_permute_ps(a, kLanes == 1 ? 0xb1 : 0x4e);
+  }
   static Reg pow2(Reg n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23));
@@ -59,7 +65,14 @@ struct Avx2 {
   static constexpr int32_t kCodeOffset = 0;
   using Ints = __m256i;
   static Ints ints(int32_t value) { return _mm256_set1_epi32(value); }
-  static Ints load_codes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Ints bits(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  static Ints load_codes(const uint8_t* p) { return bits(p); }
+  template <int kShift, uint8_t kMask>
+  static Ints field(Ints a) {
+    const Ints shifted = kShift < 0 ? _mm256_slli_epi32(a, -kShift) : _mm256_srli_epi32(a, kShift);
+    return _mm256_and_si256(shifted, _mm256_set1_epi8(kMask));
+  }
+  static Ints join(Ints a, Ints b) { return _mm256_or_si256(a, b); }
   static Ints four(const int8_t* p) {
     int32_t quad;
     __builtin_memcpy(&quad, p, 4);
@@ -117,7 +130,8 @@ uint64_t probe_read(const uint8_t* data, size_t bytes) {
 }
 
 #define BD_AVX2_FLOAT_KERNELS(codes_of)                                                                         \
-  .dequantize = dequantize<Avx2>, .rms_norm = rms_norm<Avx2>, .quantize = quantize<Avx2>, .gate = gate<Avx2>,   \
+  .dequantize = dequantize<Avx2>, .rms_norm = rms_norm<Avx2>, .quantize = quantize<Avx2>,                       \
+  .quantize_int4 = quantize_int4<Avx2>, .hadamard = hadamard<Avx2>, .gate = gate<Avx2>,                         \
   .attend = attend<codes_of, 4, 2>, .widen = widen<Avx2>, .narrow_f16 = narrow_f16<Avx2>, .dense = dense<Avx2>, \
   .dot_i8 = dot_i8, .dot_i4 = dot_i4, .probe_int8 = probe_int8, .probe_read = probe_read
 

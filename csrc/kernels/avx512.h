@@ -8,6 +8,7 @@
 #include <immintrin.h>
 
 #include "attention.h"
+#include "hadamard.h"
 
 namespace {
 
@@ -29,6 +30,11 @@ struct Avx512 {
   static Reg fma(Reg a, Reg b, Reg c) { return _mm512_fmadd_ps(a, b, c); }
   static Reg abs(Reg a) { return _mm512_abs_ps(a); }
   static Reg round(Reg a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  template <size_t kLanes>
+  static Reg exchange(Reg a) {
+    if constexpr (kLanes >= 4) return _mm512_shuffle_f32x4(a, a, kLanes == 4 ? 0xb1 : 0x4e);
+    return _mm512_permute_ps(a, kLanes == 1 ? 0xb1 : 0x4e);
+  }
   static Reg pow2(Reg n) { return _mm512_scalef_ps(_mm512_set1_ps(1), n); }
   static Reg load_bf16(const uint16_t* p) {
     const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
@@ -50,9 +56,16 @@ struct Avx512 {
   static constexpr int32_t kCodeOffset = 128;  // vpdpbusd wants one side unsigned
   using Ints = __m512i;
   static Ints ints(int32_t value) { return _mm512_set1_epi32(value); }
+  static Ints bits(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static Ints load_codes(const uint8_t* p) {
-    return _mm512_xor_si512(_mm512_loadu_si512(p), _mm512_set1_epi8(static_cast<char>(0x80)));
+    return _mm512_xor_si512(bits(p), _mm512_set1_epi8(static_cast<char>(0x80)));
   }
+  template <int kShift, uint8_t kMask>
+  static Ints field(Ints a) {
+    const Ints shifted = kShift < 0 ? _mm512_slli_epi32(a, -kShift) : _mm512_srli_epi32(a, kShift);
+    return _mm512_and_si512(shifted, _mm512_set1_epi8(kMask));
+  }
+  static Ints join(Ints a, Ints b) { return _mm512_or_si512(a, b); }
   static Ints four(const int8_t* p) {
     int32_t quad;
     __builtin_memcpy(&quad, p, 4);
@@ -326,9 +339,10 @@ inline __m512i sum_of_fields(__m512i f0, __m512i f1, __m512i f2, __m512i f3) {
   return _mm512_add_epi32(low, high);
 }
 
-#define BD_AVX512_FLOAT_KERNELS                                                                                       \
-  .dequantize = dequantize<Avx512>, .rms_norm = rms_norm<Avx512>, .quantize = quantize<Avx512>, .gate = gate<Avx512>, \
-  .attend = attend<Avx512, 8, 4>, .widen = widen<Avx512>, .narrow_f16 = narrow_f16<Avx512>, .dense = dense<Avx512>,   \
+#define BD_AVX512_FLOAT_KERNELS                                                                                     \
+  .dequantize = dequantize<Avx512>, .rms_norm = rms_norm<Avx512>, .quantize = quantize<Avx512>,                     \
+  .quantize_int4 = quantize_int4<Avx512>, .hadamard = hadamard<Avx512>, .gate = gate<Avx512>,                       \
+  .attend = attend<Avx512, 8, 4>, .widen = widen<Avx512>, .narrow_f16 = narrow_f16<Avx512>, .dense = dense<Avx512>, \
   .dot_i8 = dot_i8, .dot_i4 = dot_i4, .probe_int8 = probe_int8, .probe_read = probe_read
 
 }  // namespace

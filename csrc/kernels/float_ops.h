@@ -109,6 +109,19 @@ struct Scalar {
     return quad;
   }
   static Ints four(const int8_t* p) { return load_codes(reinterpret_cast<const uint8_t*>(p)); }
+  static Ints bits(const uint8_t* p) { return load_codes(p); }
+  template <int kShift, uint8_t kMask>
+  static Ints field(Ints a) {
+    for (int8_t& byte : a.codes) {
+      const unsigned wide = static_cast<uint8_t>(byte);
+      byte = static_cast<int8_t>((kShift < 0 ? wide << -kShift : wide >> kShift) & kMask);
+    }
+    return a;
+  }
+  static Ints join(Ints a, Ints b) {
+    for (size_t i = 0; i < 4; ++i) a.codes[i] |= b.codes[i];
+    return a;
+  }
   static Ints dot(Ints acc, Ints cached, Ints codes) {
     for (size_t i = 0; i < 4; ++i) acc.sum += cached.codes[i] * codes.codes[i];
     return acc;
@@ -149,8 +162,33 @@ void rms_norm(const float* x, const float* gain, float eps, size_t n, float* out
   });
 }
 
-// The floor of max|x|: as in training, an all-zero row gives zero codes.
+// The floor of max|x| and of mean|x|: as in training, an all-zero row gives zero codes.
 constexpr float kMaxFloor = 1e-5f;
+
+// The code of every x, as code.operator()<W>(x) rounds it, to its segment; and the sums of segments.
+template <class V, class Code>
+inline void write_codes(const float* x, size_t n, size_t segment, size_t padded, int8_t* code, int32_t* sums,
+                        Code&& code_of) {
+  for (size_t start = 0, s = 0; start < n; start += segment, ++s, code += padded) {
+    const size_t count = n - start < segment ? n - start : segment;
+    const float* in = x + start;
+    // Codes are integers below 2^7, and a lane adds fewer than 2^17 of them: exact in floats.
+    auto totals = V::set(0);
+    float total = 0;
+    each<V>(count, [&]<class W>(size_t i) {
+      const auto rounded = code_of.template operator()<W>(W::load(in + i));
+      W::store_i8(code + i, rounded);
+      if constexpr (W::kWidth == V::kWidth) {
+        totals = W::add(totals, rounded);
+      } else {
+        total += rounded;
+      }
+    });
+    for (size_t i = count; i < padded; ++i) code[i] = 0;
+    total += V::sum(totals);
+    sums[s] = total > -1e9f && total < 1e9f ? static_cast<int32_t>(total) : 0;  // NaN in, zero out
+  }
+}
 
 template <class V>
 float quantize(const float* x, size_t n, size_t segment, size_t padded, Rounding rounding, int8_t* code,
@@ -166,27 +204,34 @@ float quantize(const float* x, size_t n, size_t segment, size_t padded, Rounding
   });
   peak = Scalar::max(Scalar::max(V::highest(peaks), peak), kMaxFloor);
   const float scale = peak / 127.0f, inverse = 127.0f / peak;
-  for (size_t start = 0, s = 0; start < n; start += segment, ++s, code += padded) {
-    const size_t count = n - start < segment ? n - start : segment;
-    const float* in = x + start;
-    // Codes are integers below 2^7, and a lane adds fewer than 2^17 of them: exact in floats.
-    auto totals = V::set(0);
-    float total = 0;
-    each<V>(count, [&]<class W>(size_t i) {
-      const auto v = W::load(in + i);
-      const auto rounded =
-          W::round(rounding == Rounding::divide ? W::div(v, W::set(scale)) : W::mul(v, W::set(inverse)));
-      W::store_i8(code + i, rounded);
-      if constexpr (W::kWidth == V::kWidth) {
-        totals = W::add(totals, rounded);
-      } else {
-        total += rounded;
-      }
-    });
-    for (size_t i = count; i < padded; ++i) code[i] = 0;
-    total += V::sum(totals);
-    sums[s] = total > -1e9f && total < 1e9f ? static_cast<int32_t>(total) : 0;  // NaN in, zero out
+  write_codes<V>(x, n, segment, padded, code, sums, [&]<class W>(typename W::Reg v) {
+    return W::round(rounding == Rounding::divide ? W::div(v, W::set(scale)) : W::mul(v, W::set(inverse)));
+  });
+  return scale;
+}
+
+// Magnitudes are added in 64 sums whatever the width of V: every room has the same scale, and so the same codes.
+template <class V>
+float quantize_int4(const float* x, size_t n, size_t segment, size_t padded, int8_t* code, int32_t* sums) {
+  constexpr size_t kSums = 64, kParts = kSums / V::kWidth;
+  typename V::Reg part[kParts];
+  for (auto& one : part) one = V::set(0);
+  size_t i = 0;
+  for (; i + kSums <= n; i += kSums) {
+    for (size_t p = 0; p < kParts; ++p) part[p] = V::add(part[p], V::abs(V::load(x + i + p * V::kWidth)));
   }
+  float magnitude[kSums];
+  for (size_t p = 0; p < kParts; ++p) V::store(magnitude + p * V::kWidth, part[p]);
+  for (size_t j = 0; i < n; ++i, ++j) magnitude[j] += Scalar::abs(x[i]);
+  for (size_t half = kSums / 2; half > 0; half /= 2) {
+    for (size_t j = 0; j < half; ++j) magnitude[j] += magnitude[j + half];
+  }
+  constexpr float kRootOf7 = 2.6457513110645906f;
+  const float scale = Scalar::max(magnitude[0] / static_cast<float>(n), kMaxFloor) / kRootOf7;
+  write_codes<V>(x, n, segment, padded, code, sums, [&]<class W>(typename W::Reg v) {
+    const auto least = W::max(W::round(W::div(v, W::set(scale))), W::set(-8));  // NaN too
+    return W::sub(W::set(0), W::max(W::sub(W::set(0), least), W::set(-7)));
+  });
   return scale;
 }
 

@@ -5,6 +5,7 @@
 #include <arm_neon.h>
 
 #include "attention.h"
+#include "hadamard.h"
 #include "repack.h"
 
 namespace {
@@ -28,6 +29,11 @@ struct Neon {
   static Reg fma(Reg a, Reg b, Reg c) { return vfmaq_f32(c, a, b); }
   static Reg abs(Reg a) { return vabsq_f32(a); }
   static Reg round(Reg a) { return vrndnq_f32(a); }
+  template <size_t kLanes>
+  static Reg exchange(Reg a) {
+    if constexpr (kLanes == 1) return vrev64q_f32(a);
+    return vextq_f32(a, a, 2);
+  }
   static Reg pow2(Reg n) {
     return vreinterpretq_f32_s32(vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23));
   }
@@ -46,7 +52,16 @@ struct Neon {
   static constexpr int32_t kCodeOffset = 0;
   using Ints = int32x4_t;
   static Ints ints(int32_t value) { return vdupq_n_s32(value); }
-  static Ints load_codes(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+  static Ints bits(const uint8_t* p) { return vreinterpretq_s32_u8(vld1q_u8(p)); }
+  static Ints load_codes(const uint8_t* p) { return bits(p); }
+  template <int kShift, uint8_t kMask>
+  static Ints field(Ints a) {
+    uint8x16_t bytes = vreinterpretq_u8_s32(a);
+    if constexpr (kShift < 0) bytes = vshlq_n_u8(bytes, -kShift);
+    if constexpr (kShift > 0) bytes = vshrq_n_u8(bytes, kShift);
+    return vreinterpretq_s32_u8(vandq_u8(bytes, vdupq_n_u8(kMask)));
+  }
+  static Ints join(Ints a, Ints b) { return vorrq_s32(a, b); }
   static Ints four(const int8_t* p) {
     int32_t quad;
     __builtin_memcpy(&quad, p, 4);
@@ -281,6 +296,8 @@ constexpr KernelTable kTable = {
     .dequantize = dequantize<Neon>,
     .rms_norm = rms_norm<Neon>,
     .quantize = quantize<Neon>,
+    .quantize_int4 = quantize_int4<Neon>,
+    .hadamard = hadamard<Neon>,
     .gate = gate<Neon>,
     .attend = attend<Neon, 4, 2>,
     .widen = widen<Neon>,

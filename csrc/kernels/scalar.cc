@@ -1,5 +1,6 @@
 // Room `scalar`: slow and obvious, in the file's order. The oracle of the other rooms.
 #include "attention.h"
+#include "hadamard.h"
 
 namespace {
 
@@ -113,6 +114,8 @@ constexpr KernelTable kTable = {
     .dequantize = dequantize<Scalar>,
     .rms_norm = rms_norm<Scalar>,
     .quantize = quantize<Scalar>,
+    .quantize_int4 = quantize_int4<Scalar>,
+    .hadamard = hadamard<Scalar>,
     .gate = gate<Scalar>,
     .attend = attend<Scalar, 2, 2>,
     .widen = widen<Scalar>,

@@ -84,6 +84,10 @@ class Config:
         tie_word_embeddings: bool = False,
         block_size: int | None = None,
         activation_rounding: Literal["divide", "multiply"] = "divide",
+        activation_bits: int = 8,
+        hadamard: dict[str, int] = {},
+        query_bits: int = 16,
+        kv_bits: int = 16,
     ) -> None:
         """``ropes``: head_dim / 2 RoPE frequencies, after any scaling, and the factor of cos and sin.
 
@@ -91,6 +95,11 @@ class Config:
         ``layer_windows``: the last tokens that a token of a layer sees, itself included; 0 for all.
         ``attention_scale``: of the products of queries and keys, ``head_dim ** -0.5`` if not given.
         ``block_size``: input features per weight scale where scales are per block.
+        ``activation_bits``: 8 (absmax) or 4 (absmean, BitNet v2), of all ternary linears.
+        ``hadamard``: of ``o_proj`` and ``down_proj`` the block of the transform of their inputs, after their norms; a
+        linear that is not ternary has none. ``query_bits`` (16, 8, 4) and ``kv_bits`` (16, 8, 4, 3): what queries, keys
+        and values are rounded to after rotation, 16 for not at all; a cache of fewer bits than ``kv_bits`` rounds to
+        its own. Keys and values of position 0 keep eight.
         """
 
 @final
@@ -156,7 +165,7 @@ class Sampler:
 class Session:
     """One sequence: its KV cache and its position.
 
-    ``kv`` is how keys and values are kept: fp16, int8 or fp32. The cache grows with the text, up to ``context`` tokens.
+    ``kv`` is how keys and values are kept: fp16, int8, int4, int3 or fp32. The cache grows with the text, up to ``context`` tokens.
     """
 
     def __init__(self, model: Model, *, context: int = 0, kv: str = "fp16") -> None:
@@ -295,8 +304,14 @@ def norm_quantize(
     *,
     isa: str,
     rounding: Literal["divide", "multiply"] = "divide",
+    bits: int = 8,
+    hadamard_block: int = 0,
 ) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """RMSNorm (unless ``gain`` is None) then absmax INT8, per row: codes ``[M, K]`` and scales ``[M]``."""
+    """RMSNorm (unless ``gain`` is None), the Hadamard transform (unless its block is 0), then absmax INT8 or, with 4
+    ``bits``, absmean INT4, per row: codes ``[M, K]`` and scales ``[M]``."""
+
+def hadamard(x: NDArray[np.float32], block: int, *, isa: str) -> NDArray[np.float32]:
+    """Orthonormal Hadamard transform of every ``block`` features of ``[M, K]``, natural order."""
 
 def attend(
     query: NDArray[np.float32],

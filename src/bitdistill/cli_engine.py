@@ -50,7 +50,7 @@ def generate(
     seed: Seed = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends the answer; repeatable.")] = None,
     threads: Threads = None,
-    kv_cache: KvCache = "fp16",
+    kv_cache: KvCache = "auto",
     mmap: Mmap = False,
     screening: Screening = False,
     json_path: JsonFile = None,
@@ -88,7 +88,7 @@ def chat(
     top_p: TopP = 1.0,
     seed: Seed = 0,
     threads: Threads = None,
-    kv_cache: KvCache = "fp16",
+    kv_cache: KvCache = "auto",
     mmap: Mmap = False,
     screening: Screening = False,
     json_path: JsonFile = None,
@@ -157,7 +157,7 @@ def bench(
     head: Annotated[
         str, typer.Option(help="With --shape: form of embedding and head, bf16, int8 or int4.")
     ] = "int8",
-    kv_cache: KvCache = "fp16",
+    kv_cache: KvCache = "auto",
     screening: Screening = False,
     vocabulary: Annotated[
         int | None, typer.Option(help="With --shape: of a trimmed vocabulary, this many tokens.")
@@ -211,6 +211,8 @@ def _bench_line(r: dict[str, Any]) -> str:
     what = f"{r['shape']}  {r['threads']} threads  {r['phase']} {r['tokens']}"
     if r["phase"] == "load":
         return f"{what}: first token after {r['first_token_s']:.2f} s"
+    if "context" in r:
+        what += f" after {r['context']}, {r['kv']} keys and values ({r['kv_bytes'] / 1e6:.0f} MB)"
     if r["batch"] > 1:
         what += f" x {r['batch']}"
     line = f"{what}: {r['tok_s']:.1f} tokens/s, {100 * r['roofline_share']:.0f} % of the roofline"

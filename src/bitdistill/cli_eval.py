@@ -39,7 +39,7 @@ def evaluate(
     engine: Annotated[
         bool, typer.Option("--engine", help="SOURCE is an exported model: run it in the CPU engine.")
     ] = False,
-    kv_cache: KvCache = "fp16",
+    kv_cache: KvCache = "auto",
     query_bits: QueryBits = None,
     kv_bits: KvBits = None,
     set_: Overrides = None,
@@ -53,7 +53,7 @@ def evaluate(
     config = load(recipe, set_)
     if split not in ("test", "validation"):
         raise ConfigError(f"--split {split}: use test or validation")
-    if kv_cache != "fp16" and not engine:
+    if kv_cache != "auto" and not engine:
         raise ConfigError("--kv-cache is of the engine; give it with --engine")
     bits = StateBits(query_bits, kv_bits)
     if engine and bits != OWN_BITS:
@@ -96,7 +96,7 @@ def lm_eval(
     ] = None,
     num_fewshot: Annotated[int | None, typer.Option("--num-fewshot", help="Examples in the prompt.")] = None,
     limit: Annotated[int | None, typer.Option(help="Only the first items of every task.")] = None,
-    kv_cache: KvCache = "fp16",
+    kv_cache: KvCache = "auto",
     query_bits: QueryBits = None,
     kv_bits: KvBits = None,
     chat: Annotated[bool, typer.Option("--chat", help="Put prompts into the model's chat template.")] = False,

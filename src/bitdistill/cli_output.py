@@ -22,7 +22,8 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", metavar="PATH", help="Also write the result here as JSON.")
 ]
 KvCache = Annotated[
-    Literal["fp16", "int8", "fp32"], typer.Option("--kv-cache", help="How the engine keeps keys and values.")
+    Literal["auto", "fp16", "int8", "int4", "int3", "fp32"],
+    typer.Option("--kv-cache", help="How the engine keeps keys and values; auto: as the model was trained."),
 ]
 QueryBits = Annotated[
     int | None, typer.Option("--query-bits", help="Quantise queries, in torch: 8 or 4 bits, or 16 for not.")

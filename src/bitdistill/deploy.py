@@ -10,7 +10,7 @@ from . import _core
 from .config import Recipe
 from .data.tasks import Task
 from .engine import Engine, EngineScorer
-from .engine.engine import CacheForm
+from .engine.engine import CacheChoice
 from .export import export
 from .metrics import Evaluation
 from .pipeline import evaluate_scorer, evaluate_step, heldout_sequences
@@ -22,7 +22,7 @@ DECODE_TOKENS = 64
 
 
 def evaluate_engine(
-    recipe: Recipe, task: Task, model: str | Path, split: str, *, kv_cache: CacheForm = "fp16"
+    recipe: Recipe, task: Task, model: str | Path, split: str, *, kv_cache: CacheChoice = "auto"
 ) -> Evaluation:
     """Evaluate an exported model on ``validation`` or ``test``.
 
@@ -33,7 +33,7 @@ def evaluate_engine(
     return evaluate_scorer(recipe, task, EngineScorer(engine), load_tokenizer(model), split)
 
 
-def engine_perplexity(recipe: Recipe, model: str | Path, *, kv_cache: CacheForm = "fp16") -> float:
+def engine_perplexity(recipe: Recipe, model: str | Path, *, kv_cache: CacheChoice = "auto") -> float:
     """Perplexity of an exported model on the part of the corpus that no training step reads.
 
     Raises:

@@ -20,7 +20,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, make_table
 
 from .engine import Engine, EngineScorer
-from .engine.engine import CacheForm
+from .engine.engine import CacheChoice
 from .errors import ConfigError, DataError
 from .packed import is_packed
 
@@ -227,7 +227,7 @@ class EngineLM(ScorerLM):
         self,
         pretrained: str,
         threads: int | None = None,
-        kv_cache: CacheForm = "fp16",
+        kv_cache: CacheChoice = "auto",
         max_length: int | None = None,
         **others: Any,
     ) -> None:
@@ -277,7 +277,7 @@ def run(
     include_path: Path | None = None,
     num_fewshot: int | None = None,
     limit: int | None = None,
-    kv_cache: CacheForm = "fp16",
+    kv_cache: CacheChoice = "auto",
     query_bits: int | None = None,
     kv_bits: int | None = None,
     chat: bool = False,
@@ -297,7 +297,7 @@ def run(
             f"--tasks {', '.join(unknown)}: lm-eval has no such task; --include-path adds a folder"
         )
     packed = is_packed(Path(source))
-    if kv_cache != "fp16" and not packed:
+    if kv_cache != "auto" and not packed:
         raise ConfigError("--kv-cache is of the engine; give it with an exported model")
     if packed and (query_bits or kv_bits):
         raise ConfigError("--query-bits and --kv-bits are of torch; give them with a checkpoint")

@@ -123,6 +123,7 @@ def config_of(model: Any, **changes: Any) -> _core.Config:
         if isinstance(m, BitLinear) and m.spec.granularity == "block"
     ]
     is_bitnet = c.model_type == "bitnet"
+    specs = [m.spec for m in model.modules() if isinstance(m, BitLinear)]
     fields = {
         "vocab_size": c.vocab_size,
         "hidden_size": c.hidden_size,
@@ -138,6 +139,8 @@ def config_of(model: Any, **changes: Any) -> _core.Config:
         "tie_word_embeddings": c.tie_word_embeddings,
         "block_size": blocks[0] if blocks else None,
         "activation_rounding": "multiply" if is_bitnet else "divide",
+        "activation_bits": specs[0].activation_bits if specs else 8,
+        "hadamard": dict(specs[0].hadamard) if specs else {},
     }
     return _core.Config(**fields | changes)
 
@@ -149,8 +152,15 @@ def write(path: Path, tensors: dict[str, np.ndarray]) -> Path:
 
 
 def core_model(
-    model: Any, folder: Path, *, table: str = "F32", dense: str = "F32", **options: Any
+    model: Any,
+    folder: Path,
+    *,
+    table: str = "F32",
+    dense: str = "F32",
+    settings: dict[str, Any] | None = None,
+    **options: Any,
 ) -> _core.Model:
-    """The torch model in the engine core."""
+    """The torch model in the engine core; ``settings`` of the decoder in place of the model's own."""
     path = write(folder / "model.safetensors", tensors_of(model, table, dense))
-    return _core.Model(str(path), entries_of(path), config_of(model), **({"threads": 1} | options))
+    config = config_of(model, **(settings or {}))
+    return _core.Model(str(path), entries_of(path), config, **({"threads": 1} | options))

@@ -38,7 +38,7 @@ def engine(
     return Engine(tmp_path / "packed", threads=2)
 
 
-@pytest.mark.parametrize("kv", ["fp16", "int8", "fp32"])
+@pytest.mark.parametrize("kv", ["fp16", "int8", "int4", "int3", "fp32"])
 def test_prompts_and_texts_are_those_of_each_alone(engine: Engine, kv: str) -> None:
     alone = [_core.Session(engine.core, kv=kv) for _ in LENGTHS]
     together = [_core.Session(engine.core, kv=kv) for _ in LENGTHS]

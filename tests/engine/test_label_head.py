@@ -36,7 +36,7 @@ def pack(
 
 
 @pytest.mark.parametrize("head", ["int4", "int8", "bf16"])
-@pytest.mark.parametrize("kv", ["fp16", "int8"])
+@pytest.mark.parametrize("kv", ["fp16", "int8", "int4", "int3"])
 def test_logits_are_those_of_a_session(pack: Callable[..., Engine], head: str, kv: str) -> None:
     engine = pack("qwen3", head)
     labels = _core.LabelHead(engine.core, LABELS, kv=kv)

@@ -281,16 +281,24 @@ def test_memory_figures(engine: _core.Model) -> None:
     assert 0 < usage["resident"] <= usage["peak_resident"]
 
 
-@pytest.mark.parametrize(("kv", "width", "scale"), [("fp32", 4, 0), ("fp16", 2, 0), ("int8", 1, 4)])
-def test_the_cache_takes_the_bytes_of_its_form(engine: _core.Model, kv: str, width: int, scale: int) -> None:
+@pytest.mark.parametrize(
+    ("kv", "bits", "together"),
+    [("fp32", 32, 1), ("fp16", 16, 1), ("int8", 8, 4), ("int4", 4, 8), ("int3", 3, 32)],
+)
+def test_the_cache_takes_the_bytes_of_its_form(
+    engine: _core.Model, kv: str, bits: int, together: int
+) -> None:
     session = _core.Session(engine, kv=kv)
     session.forward(tokens(10))
     config = engine.config
     heads = config["num_hidden_layers"] * config["num_key_value_heads"]
-    key, value = config["head_dim"], -(-config["head_dim"] // 16) * 16  # values are padded
-    assert session.memory()["kv_cache"] == 10 * heads * ((key + value) * width + 2 * scale)
+    # Features of keys are padded to whole runs of codes, those of values to 16.
+    key, value = (-(-config["head_dim"] // unit) * unit for unit in (together, 16))
+    scales = 2 * 4 if bits <= 8 else 0
+    start = 2 * 4 * value if bits < 8 else 0  # position 0, at eight bits, as floats
+    assert session.memory()["kv_cache"] == heads * (10 * ((key + value) * bits // 8 + scales) + start)
 
 
 def test_an_unknown_form_of_the_cache_is_refused(engine: _core.Model) -> None:
-    with pytest.raises(ValueError, match="kv = 'int3' is not one of fp16, int8, fp32"):
-        _core.Session(engine, kv="int3")
+    with pytest.raises(ValueError, match="kv = 'int2' is not one of fp16, int8, int4, int3, fp32"):
+        _core.Session(engine, kv="int2")

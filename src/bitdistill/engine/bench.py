@@ -1,6 +1,7 @@
 """``bitdistill bench``: prefill and decode beside the roofline of the same moment, and in turns with a peer.
 
     prefill:  roofline_share = tok_s * ternary weights / probed int8 multiply-adds a second
+    linears:  the ternary linears of a prefill with what prepares their inputs (BitNet v2); roofline_share as prefill
     decode:   roofline_share = tok_s / batch * bytes read for a token / probed bytes a second
     classify: label logits after a text, as prefill
     load:     first_token_s of a fresh process: opening the file and loading, then LOAD_PROMPT tokens to the first token
@@ -30,6 +31,10 @@ from .shapes import HEADS, find_shape, write_random
 logger = logging.getLogger(__name__)
 
 PHASES = (("prefill", 128, 1), ("prefill", 512, 1), ("decode", 128, 1))
+V2_PHASES = (("linears", 512, 1), ("prefill", 512, 1), ("decode", 128, 1))
+"""Of a shape with 4-bit activations, beside the same shape with 8 bits."""
+LONG_CONTEXT = 4096
+"""Tokens before those that are decoded on a four-bit cache beside an fp16 one."""
 CLASSIFY_TOKENS = 512
 LOAD_PROMPT = 8
 DECODE_SLICE = 16
@@ -46,7 +51,7 @@ class Measured:
     """What is measured; ``head`` and ``vocabulary`` are for a shape."""
 
     head: str = "int8"
-    kv: str = "fp16"
+    kv: str = "auto"
     screening: bool = False
     vocabulary: int | None = None
     batches: tuple[int, ...] = ()
@@ -105,13 +110,24 @@ def run_bench(
     unknown = [form for form in formats if form not in PEER_FORMATS or versus is None]
     if unknown:
         raise ConfigError(f"--format {unknown[0]}: use {' or '.join(PEER_FORMATS)}, with --versus")
+    is_v2 = shape is not None and find_shape(shape)["packed"]["activation_bits"] == 4
+    if is_v2 and (
+        versus or measured.labels is not None or measured.batches or measured.kv not in ("auto", "fp16")
+    ):
+        raise ConfigError(
+            f"--shape {shape} is measured with 4 beside 8 bits of activations, and int4 beside fp16 keys and values; "
+            "leave out --versus, --labels, --batch and --kv-cache"
+        )
     counts = list(threads) or _all_threads()
     budget = BUDGET_S / (len(counts) * len(PHASES))
     records: list[dict[str, Any]] = []
     for count in counts:
         for form in (formats or PEER_FORMATS) if versus else (None,):
             with ExitStack() as processes:
-                records += _measure(model, shape, count, measured, form, budget, processes)
+                if is_v2 and shape is not None:
+                    records += _measure_v2(shape, count, measured, budget, processes)
+                else:
+                    records += _measure(model, shape, count, measured, form, budget, processes)
         if measured.load:
             records.append(_load(model, shape, count, measured))
     if not records:
@@ -148,6 +164,33 @@ def _measure(
         if rival is not None:
             record["versus"] = _versus(rival, batch, samples)
         yield {"shape": name, "threads": threads} | record
+
+
+def _measure_v2(
+    shape: str, threads: int, measured: Measured, budget: float, processes: ExitStack
+) -> Iterator[dict[str, Any]]:
+    """The records of a shape with 4-bit activations beside 8-bit ones, and of a four-bit cache beside fp16."""
+
+    def worker(bits: int, kv: str) -> Process:
+        changed = {"activation_bits": bits, "kv": kv}
+        return processes.enter_context(
+            Process("bench_worker", _options(None, shape, threads, measured) | changed)
+        )
+
+    probe = processes.enter_context(Process("bench_probe", {"threads": threads}))
+    own, eight_bits = worker(4, "fp16"), Side("A8", None, worker(8, "fp16"))
+    for phase, tokens, batch in V2_PHASES:
+        samples = list(_samples(own, eight_bits, probe, phase, tokens, batch, budget))
+        record = _record(own, phase, tokens, batch, samples)
+        if measured.profile and phase != "linears":
+            record["profile"] = _profile(own, probe, phase, tokens)
+        yield {"shape": shape, "threads": threads} | record | {"versus": _versus(eight_bits, batch, samples)}
+    low_bits, fp16 = worker(4, "int4"), Side("kv fp16", None, own)
+    samples = list(_samples(low_bits, fp16, probe, "decode", 64, 1, budget, LONG_CONTEXT))
+    low_bits.facts |= low_bits.ask(decode_bytes=LONG_CONTEXT)
+    against = _versus(fp16, 1, samples) | {"kv_bytes": own.ask(memory=True)["kv_bytes"]}
+    record = _record(low_bits, "decode", 64, 1, samples) | {"context": LONG_CONTEXT, "versus": against}
+    yield {"shape": shape, "threads": threads} | record
 
 
 def _options(model: Path | None, shape: str | None, threads: int, measured: Measured) -> dict[str, Any]:
@@ -189,6 +232,7 @@ def _load(model: Path | None, shape: str | None, threads: int, measured: Measure
         "roofline_share": None,
         "head_bits": facts["head_bits"],
         "kv": facts["kv"],
+        "activation_bits": facts["activation_bits"],
         "weight_bits": facts["weight_bits"],
         **memory,
         "first_token_s": first_token_s,
@@ -220,13 +264,20 @@ class _Sample:
     other: dict[str, Any] | None
     gb_s: float
     gmac_s: float
-    first_token_s: float
+    first_token_s: float | None
 
 
 def _samples(
-    own: Process, rival: Side | None, probe: Process, phase: str, tokens: int, batch: int, budget: float
+    own: Process,
+    rival: Side | None,
+    probe: Process,
+    phase: str,
+    tokens: int,
+    batch: int,
+    budget: float,
+    prompt: int = DECODE_PROMPT,
 ) -> Iterator[_Sample]:
-    """Rounds of all ``tokens``, A B A B, until the budget is spent."""
+    """Rounds of all ``tokens``, A B A B, until the budget is spent; ``prompt`` tokens come before what is decoded."""
     together = {"batch": batch} if batch > 1 else {}
     first = {"classify": DECODE_PROMPT} if phase == "classify" else {"prefill": DECODE_PROMPT}
     for side in [own] + ([rival.process] if rival else []):  # pages and clocks wake up
@@ -238,9 +289,9 @@ def _samples(
         rounds += 1
         request, sizes = {phase: tokens}, [tokens]
         if phase == "decode":
-            read = own.ask(prefill=DECODE_PROMPT, **together)
+            read = own.ask(prefill=prompt, **together)
             if rival and rival.process is not own:
-                rival.process.ask(prefill=DECODE_PROMPT)
+                rival.process.ask(prefill=prompt)
             request, sizes = {"decode": DECODE_SLICE}, [DECODE_SLICE] * (tokens // DECODE_SLICE)
         for size in sizes:
             ours = own.ask(**request, **together)
@@ -252,7 +303,7 @@ def _samples(
                 theirs,
                 gb_s=(before["gb_s"] + after["gb_s"]) / 2,
                 gmac_s=(before["gmac_s"] + after["gmac_s"]) / 2,
-                first_token_s=(read if phase == "decode" else ours)["first_token_s"],
+                first_token_s=(read if phase == "decode" else ours).get("first_token_s"),
             )
             before = probe.ask() if rival is not None else after
 
@@ -263,6 +314,8 @@ def _record(own: Process, phase: str, tokens: int, batch: int, samples: list[_Sa
     if not clean:
         logger.warning("the machine was busy during every sample; the figures say little")
         clean = samples
+
+    firsts = [s.first_token_s for s in clean if s.first_token_s is not None]
 
     def share(sample: _Sample) -> float:
         steps_s = sample.tokens / sample.own["seconds"]
@@ -282,10 +335,11 @@ def _record(own: Process, phase: str, tokens: int, batch: int, samples: list[_Sa
         "disturbed_samples": len(samples) - len(clean),
         "head_bits": facts["head_bits"],
         "kv": facts["kv"],
+        "activation_bits": facts["activation_bits"],
         "weight_bits": facts["weight_bits"],
         "screening": facts["screening"],
         **own.ask(memory=True),
-        "first_token_s": statistics.median(s.first_token_s for s in clean),
+        "first_token_s": statistics.median(firsts) if firsts else None,
         "versus": None,
     }
 

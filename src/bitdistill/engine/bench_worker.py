@@ -3,6 +3,8 @@
 {"prefill": n, "batch": b}  ->  {"seconds", "first_token_s", "cpu_share"}   b new texts of n random tokens
 {"decode": n, "batch": b}   ->  {"seconds", "cpu_share"}                    n more tokens of them, or of one beside them
 {"classify": n}   ->  {"seconds", "first_token_s", "cpu_share"}   label logits after a text of n random tokens
+{"linears": n}    ->  {"seconds", "cpu_share"}   prefill of n tokens: ternary linears and what prepares their inputs
+{"decode_bytes": context}  ->  {"decode_bytes"}
 {"memory": true}  ->  {"peak_rss_bytes", "weight_bytes", "kv_bytes"}
 {"profile": "prefill" or "decode", "tokens": n}  ->  {"seconds": {phase: s}, "work": {phase: multiply-adds or bytes}}
 """
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from .. import _core
 from ..layout import packed_shape
 from .bench_process import serve
-from .loading import PackedModel, linear_shapes
+from .loading import KV_FORMS, PackedModel, linear_shapes
 from .shapes import find_shape, random_model, ternary_weights
 
 DECODE_PROMPT = 16
@@ -38,6 +40,7 @@ class OwnModel:
         screening: bool = False,
         vocabulary: int | None = None,
         labels: int | None = None,
+        activation_bits: int | None = None,
     ) -> None:
         started = time.perf_counter()
         if model is not None:
@@ -46,15 +49,17 @@ class OwnModel:
             self.core = packed.load(threads=threads, screened=screening)
         else:
             assert shape is not None
-            self.shape = find_shape(shape) | ({"vocab_size": vocabulary} if vocabulary else {})
+            self.shape = find_shape(shape, activation_bits) | (
+                {"vocab_size": vocabulary} if vocabulary else {}
+            )
             self.core = random_model(self.shape, head, threads=threads, screened=screening)
         self.load_s = time.perf_counter() - started
         self.rng = np.random.default_rng(0)
-        self.kv = kv
+        self.kv = kv if kv != "auto" else KV_FORMS[self.shape["packed"].get("kv_bits", 16)]
         self.sessions: list[_core.Session] = []
-        self.alone = _core.Session(self.core, kv=kv)
+        self.alone = _core.Session(self.core, kv=self.kv)
         """What is decoded beside a batch."""
-        self.labels = None if labels is None else _core.LabelHead(self.core, list(range(labels)), kv=kv)
+        self.labels = None if labels is None else _core.LabelHead(self.core, list(range(labels)), kv=self.kv)
 
     def facts(self) -> dict[str, Any]:
         """What does not change from sample to sample."""
@@ -65,6 +70,7 @@ class OwnModel:
             "load_s": self.load_s,
             "isa": self.core.isa,
             "kv": self.kv,
+            "activation_bits": self.shape["packed"]["activation_bits"],
             "screening": self.core.memory()["screen"] > 0,
             "max_context": self.shape["max_position_embeddings"],
             "ternary_weights": weights,
@@ -84,6 +90,10 @@ class OwnModel:
             }
         if "profile" in request:
             return self._profile(request["profile"], request["tokens"])
+        if "linears" in request:
+            return self._linears(request["linears"])
+        if "decode_bytes" in request:
+            return {"decode_bytes": self.core.decode_bytes(request["decode_bytes"], self.kv)}
         if "classify" in request:
             assert self.labels is not None
             text = self._text(request["classify"])
@@ -141,6 +151,14 @@ class OwnModel:
         seconds = session.profile
         seconds["other"] = total - sum(seconds.values())
         return {"seconds": seconds, "work": self._work(phase, tokens)}
+
+    def _linears(self, tokens: int) -> dict[str, float]:
+        session = _core.Session(self.core, kv=self.kv)
+        session.start_profile()
+        with Stopwatch() as watch:
+            session.forward(self._text(tokens))
+        seconds = sum(session.profile[phase] for phase in ("norm", *dict.fromkeys(_PHASE_OF.values())))
+        return watch.figures() | {"seconds": seconds}
 
     def _work(self, phase: str, tokens: int) -> dict[str, float]:
         layers = self.shape["num_hidden_layers"]

@@ -15,13 +15,13 @@ from ..errors import EngineError
 from .answer import Answer, Generation, Sampling, until_stop
 from .batch import Batch
 from .facts import packed_facts
-from .loading import PackedModel
+from .loading import CacheForm, PackedModel
 from .text import Message, TextCodec
 
 Prompt = str | Sequence[int] | Sequence[Message]
 
-CacheForm = Literal["fp16", "int8", "fp32"]
-CACHE_FORMS: tuple[CacheForm, ...] = ("fp16", "int8", "fp32")
+CacheChoice = CacheForm | Literal["auto"]
+CACHE_FORMS: tuple[CacheChoice, ...] = ("auto", "fp16", "int8", "int4", "int3", "fp32")
 
 
 class Engine:
@@ -35,7 +35,7 @@ class Engine:
         self,
         path: str | Path,
         threads: int | None = None,
-        kv_cache: CacheForm = "fp16",
+        kv_cache: CacheChoice = "auto",
         mmap: bool = False,
         screening: bool = False,
     ) -> None:
@@ -44,9 +44,11 @@ class Engine:
         Args:
             path: folder that ``bitdistill export`` wrote.
             threads: worker threads; None for one on each CPU that this process may use.
-            kv_cache: how keys and values of attention are kept. ``int8`` (a scale for each key and each value of a
-                head) takes half of fp16's memory; with ``fp32``, and a head in bf16 or f32, results differ from torch's
-                by rounding alone.
+            kv_cache: how keys and values of attention are kept. ``auto`` is the form that the model was trained for,
+                fp16 where it names none. ``int8`` (a scale for each key and each value of a head) takes half of fp16's
+                memory, ``int4`` and ``int3`` (the first position of a text at eight bits) a quarter and less; on a model
+                that was not trained for them they cost accuracy. With ``fp32``, and a head in bf16 or f32, results
+                differ from torch's by rounding alone.
             mmap: share the file's pages among processes instead of copying; the file must not change meanwhile.
             screening: greedy decoding reads an int8 copy of a bf16 or f32 head, half its size, and scores in full
                 only the rows that a proven bound cannot rule out: the same tokens, faster. Batches read the whole head.
@@ -63,7 +65,7 @@ class Engine:
         started = time.perf_counter()
         packed = PackedModel.open(path)
         self.path = Path(path)
-        self.kv_cache = kv_cache
+        self.kv_cache: CacheForm = packed.kv_form if kv_cache == "auto" else kv_cache
         self.text = TextCodec(self.path)
         self.stop_tokens = packed.stop_tokens()
         self.core = packed.load(threads=threads or 0, mmap=mmap, screened=screening)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from .. import _core
 from ..errors import CheckpointError, EngineError
@@ -17,6 +17,12 @@ _SIZES = (
     "num_attention_heads",
     "num_key_value_heads",
 )
+
+
+CacheForm = Literal["fp16", "int8", "int4", "int3", "fp32"]
+QUERY_BITS = (16, 8, 4)
+KV_FORMS: dict[int, CacheForm] = {16: "fp16", 8: "int8", 4: "int4", 3: "int3"}
+"""Bits of keys and values that a model can ask for -> the form of the cache that holds just these."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,11 @@ class PackedModel:
             raise CheckpointError(
                 f"{self.folder / 'config.json'}: {error}; fetch or export the model again"
             ) from error
+
+    @property
+    def kv_form(self) -> CacheForm:
+        """The form of the cache for the keys and values that the model was made for; ``core_config`` checks them."""
+        return KV_FORMS.get(self.config["packed"].get("kv_bits", 16), "fp16")
 
     def core_tensors(self) -> list[_core.Tensor]:
         """Where the core finds each tensor, under the core's names."""
@@ -129,16 +140,6 @@ def decoder_config(config: dict[str, Any]) -> _core.Config:
         ValueError, TypeError, OverflowError: with what is wrong.
     """
     packed = config["packed"]
-    if packed.get("activation_bits") != 8:
-        raise ValueError(
-            f"packed.activation_bits = {packed.get('activation_bits')!r}: the engine runs 8 (bitdistill eval takes the "
-            "student itself)"
-        )
-    if packed.get("hadamard"):
-        raise ValueError(
-            f"packed.hadamard = {packed['hadamard']!r}: the engine has no transform (bitdistill eval takes "
-            "the student itself)"
-        )
     if packed.get("granularity") not in ("tensor", "channel", "block"):
         raise ValueError(
             f"packed.granularity = {packed.get('granularity')!r} is not one of tensor, channel, block"
@@ -163,7 +164,26 @@ def decoder_config(config: dict[str, Any]) -> _core.Config:
         tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
         block_size=packed.get("block_size"),
         activation_rounding=packed.get("activation_rounding", "divide"),
+        **_bitnet_v2(packed),
     )
+
+
+def _bitnet_v2(packed: dict[str, Any]) -> dict[str, Any]:
+    """The core's settings of BitNet v2: bits of activations, queries, keys and values, and Hadamard blocks."""
+    settings: dict[str, Any] = {}
+    for key, default, allowed in (
+        ("activation_bits", None, (8, 4)),
+        ("query_bits", 16, QUERY_BITS),
+        ("kv_bits", 16, tuple(KV_FORMS)),
+    ):
+        settings[key] = packed.get(key, default)
+        if type(settings[key]) is not int or settings[key] not in allowed:
+            known = ", ".join(map(str, allowed))
+            raise ValueError(f"packed.{key} = {settings[key]!r}: the engine runs {known}")
+    blocks = packed.get("hadamard") or {}
+    if not isinstance(blocks, dict) or not all(type(block) is int and block > 0 for block in blocks.values()):
+        raise ValueError(f"packed.hadamard = {blocks!r}: expected sites with the sizes of their blocks")
+    return settings | {"hadamard": blocks}
 
 
 def _size(config: dict[str, Any], key: str) -> int:

@@ -12,7 +12,7 @@ from .. import _core
 from ..config import SHAPE
 from ..config.presets import BASE_PRESETS
 from ..errors import ConfigError
-from ..layout import FORMAT_VERSION, INT4_ROWS, LAYOUT, int4_shape, packed_shape
+from ..layout import FORMAT_VERSION, FORMAT_VERSION_V2, INT4_ROWS, LAYOUT, int4_shape, packed_shape
 from ..packed import CONFIG_FILE, ELEMENT_BYTES, WEIGHTS_FILE, PackedTensor, write_tensors
 from .loading import decoder_config, linear_shapes
 
@@ -29,6 +29,8 @@ _QWEN3 = {
     "tie_word_embeddings": True,
 }
 
+_V2_1_3B = {key: value for key, value in BASE_PRESETS["bitnet-v2-1.3b"].items() if key in SHAPE}
+
 SHAPES: dict[str, dict[str, Any]] = {
     "bitnet-2b4t": {key: value for key, value in BASE_PRESETS["bitnet-2b4t"].items() if key in SHAPE}
     | {"model_type": "bitnet", "rms_norm_eps": 1e-5, "hidden_act": "relu2", "rope_theta": 500000.0},
@@ -36,8 +38,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3-1.7b": _QWEN3 | {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28},
     "qwen3-4b": _QWEN3
     | {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32},
+    "bitnet-v2-1.3b": _V2_1_3B
+    | {
+        "model_type": "bit_llama",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "hidden_act": "silu",
+        "rope_theta": 10000.0,
+        "packed": {"activation_bits": 4, "hadamard": {"o_proj": 2048, "down_proj": 8192}},
+    },
 }
-"""``config.json`` keys of the published models that the presets are named after."""
+"""``config.json`` keys of the published models that the presets are named after, with what their ``packed`` sections
+have of their own."""
 
 HEADS = ("bf16", "int8", "int4")
 """Forms of embedding and head that can be measured."""
@@ -51,15 +63,18 @@ _PACKED = {
 }
 
 
-def find_shape(name: str) -> dict[str, Any]:
-    """The settings of a preset.
+def find_shape(name: str, activation_bits: int | None = None) -> dict[str, Any]:
+    """The settings of a preset, with a ``packed`` section; ``activation_bits`` in place of its own.
 
     Raises:
         ConfigError: there is none of that name.
     """
     if name not in SHAPES:
         raise ConfigError(f"--shape {name}: use one of {', '.join(SHAPES)}")
-    return SHAPES[name]
+    packed = _PACKED | SHAPES[name].get("packed", {})
+    if activation_bits is not None:
+        packed["activation_bits"] = activation_bits
+    return SHAPES[name] | {"packed": packed}
 
 
 def ternary_weights(shape: dict[str, Any]) -> int:
@@ -87,7 +102,7 @@ def random_model(
         _core.Tensor(name, dtype, size, 0, math.prod(size) * ELEMENT_BYTES[dtype])
         for name, dtype, size in _tensors(shape, head)
     ]
-    config = decoder_config(shape | {"packed": _PACKED})
+    config = decoder_config(shape)
     return _core.Model(None, tensors, config, threads=threads, seed=seed, screened=screened)
 
 
@@ -112,7 +127,8 @@ def write_random(folder: Path, shape: dict[str, Any], head: str) -> Path:
 
     folder.mkdir(parents=True)
     write_tensors(folder / WEIGHTS_FILE, [made(*tensor) for tensor in _tensors(shape, head)])
-    packed = _PACKED | {"format_version": FORMAT_VERSION}
+    version = FORMAT_VERSION_V2 if shape["packed"]["activation_bits"] != 8 else FORMAT_VERSION
+    packed = shape["packed"] | {"format_version": version}
     (folder / CONFIG_FILE).write_text(json.dumps(shape | {"packed": packed}))
     return folder
 
@@ -125,14 +141,17 @@ def _tensors(shape: dict[str, Any], head: str) -> list[tuple[str, str, tuple[int
         tensors.append((name, dtype, size))
 
     hidden, head_dim, vocabulary = shape["hidden_size"], shape["head_dim"], shape["vocab_size"]
-    if head == "int4":
-        blocks, groups, width = int4_shape(vocabulary, hidden)
-        add("model.embed_tokens.weight", "U8", blocks, groups, width)
-        add("model.embed_tokens.weight_scale", "BF16", blocks, groups, INT4_ROWS)
-    else:
-        add("model.embed_tokens.weight", "I8" if head == "int8" else "BF16", vocabulary, hidden)
-    if head == "int8":
-        add("model.embed_tokens.weight_scale", "F32", vocabulary, 1)
+    for table in (
+        ("model.embed_tokens",) if shape["tie_word_embeddings"] else ("model.embed_tokens", "lm_head")
+    ):
+        if head == "int4":
+            blocks, groups, width = int4_shape(vocabulary, hidden)
+            add(f"{table}.weight", "U8", blocks, groups, width)
+            add(f"{table}.weight_scale", "BF16", blocks, groups, INT4_ROWS)
+        else:
+            add(f"{table}.weight", "I8" if head == "int8" else "BF16", vocabulary, hidden)
+        if head == "int8":
+            add(f"{table}.weight_scale", "F32", vocabulary, 1)
     for layer in range(shape["num_hidden_layers"]):
         prefix = f"model.layers.{layer}"
         for path, (rows, columns) in linear_shapes(shape).items():
