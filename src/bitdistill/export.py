@@ -157,11 +157,6 @@ def _check_ternary(source: str | Path, model: PreTrainedModel) -> None:
             f"{source}: its activations have bits and zeros by site (ternary.int4_sites, BitNet a4.8), for which the "
             "engine has no kernels. Use the student with transformers, or train one with another architecture"
         )
-    if any((spec.query_bits, spec.kv_bits) != (16, 16) for spec in specs):
-        raise CheckpointError(
-            f"{source}: it was trained with queries, keys or values of few bits (ternary.query_bits, kv_bits), which "
-            "the engine does not quantise alike. Use the student with transformers, or train one with both at 16"
-        )
     if any(m.spec.dead_zone_bias for m in model.modules() if isinstance(m, BitLinear)):
         raise CheckpointError(
             f"{source}: its dead weights make a bias in every ternary linear (ternary.dead_zone_bias), which the "
@@ -260,18 +255,21 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
     specs = [m.spec for m in model.modules() if isinstance(m, BitLinear)]
     granularity = specs[0].granularity if specs else "tensor"
     bits = specs[0].activation_bits if specs else 8
-    hadamard = dict(specs[0].hadamard) if specs else {}
+    later: dict[str, Any] = {}
+    if specs:
+        states = {"query_bits": specs[0].query_bits, "kv_bits": specs[0].kv_bits}
+        later = {key: value for key, value in states.items() if value != 16}
+        later |= {"hadamard": dict(specs[0].hadamard)} if specs[0].hadamard else {}
     config["model_type"] = model.config.model_type
     config["packed"] = {
-        "format_version": FORMAT_VERSION_V2 if hadamard or bits != 8 else FORMAT_VERSION,
+        "format_version": FORMAT_VERSION_V2 if later or bits != 8 else FORMAT_VERSION,
         "layout": LAYOUT,
         "granularity": granularity,
         "block_size": specs[0].block_size if granularity == "block" else None,
         "activation_bits": bits,
         "activation_rounding": specs[0].rounding if specs else "multiply",
     }
-    if hadamard:
-        config["packed"]["hadamard"] = hadamard
+    config["packed"] |= later
     return config
 
 

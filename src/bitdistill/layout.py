@@ -12,8 +12,8 @@ LAYOUT = "t5x32-v1"
 FORMAT_VERSION = 1
 """Version of a file that needs nothing later."""
 FORMAT_VERSION_V2 = 2
-"""Version of a file with Hadamard transforms or activations of other than 8 bits, which a reader of version 1 would
-leave out."""
+"""Version of a file with Hadamard transforms, activations of other than 8 bits or attention states of few bits, which a
+reader of version 1 would leave out."""
 
 ROWS = 32
 """Rows of a row block."""
