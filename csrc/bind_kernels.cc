@@ -82,7 +82,7 @@ nb::object ternary_dot(const ArrayIn<uint8_t, 4>& packed, size_t rows, size_t co
                        const std::string& isa, const std::string& kernel, size_t block_size) {
   const KernelTable& room = room_named(isa);
   require(code.shape(1) == columns && code.shape(0) >= 1, "code must have shape [M >= 1, columns]");
-  require(kernel == "gemv" || kernel == "gemm", "kernel must be gemv or gemm");
+  require(kernel == "gemv" || kernel == "gemm" || kernel == "gemm_int4", "kernel must be gemv, gemm or gemm_int4");
   const Weights weights(room, packed, rows, columns, block_size);
   const TernaryMatrix& m = weights.matrix;
   const size_t tokens = code.shape(0), tile = tile_for(tokens, room.tile);
@@ -93,6 +93,23 @@ nb::object ternary_dot(const ArrayIn<uint8_t, 4>& packed, size_t rows, size_t co
     const size_t row = block * kRowBlock;
     std::copy(dot, dot + std::min(kRowBlock, rows - row), out.data() + (t * m.segments + s) * rows + row);
   };
+  if (kernel == "gemm_int4") {
+    require(room.gemm_int4 != nullptr && m.segments == 1,
+            "this room, or a matrix of several segments, has no gemm_int4");
+    for (const int8_t value : std::span(code.data(), code.size()))
+      require(value >= -8 && value <= 7, "code must be within -8..7");
+    std::vector<uint8_t> scratch(kLookupScratch);
+    std::vector<int32_t> dots(tokens * kLookupBlocks * kRowBlock);
+    for (size_t first = 0; first < m.row_blocks(); first += kLookupBlocks) {
+      const size_t count = std::min(kLookupBlocks, m.row_blocks() - first), width = round_up(count, 2) * kRowBlock;
+      room.gemm_int4(m.data + first * m.stride(), count, m.stride(), m.groups, in.code, in.shape.stride(), tokens,
+                     scratch.data(), dots.data(), width);
+      for (size_t t = 0; t < tokens; ++t) {
+        for (size_t b = 0; b < count; ++b) keep(t, 0, first + b, dots.data() + t * width + b * kRowBlock);
+      }
+    }
+    return out.cast();
+  }
   for (size_t s = 0; s < m.segments; ++s) {
     const uint8_t* segment = m.data + s * m.groups * kGroupBytes;
     if (kernel == "gemv") {

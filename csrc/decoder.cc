@@ -33,7 +33,8 @@ class LayerPass {
       worker_.deal(chunk_.size(), inputs_[0].tile, [&](Range tile) {
         for (size_t t = tile.begin; t < tile.end; ++t) prepare_token(x + t * x_stride, t, norm, linears);
         for (size_t i = 0; i < linears.size(); ++i) {
-          if (same_as_[i] == i && linears[i]->is_ternary) pack_tile(tile.begin, inputs_[i]);
+          if (same_as_[i] != i || !linears[i]->is_ternary) continue;
+          if (!is_looked_up(room_, *linears[i], inputs_[i])) pack_tile(tile.begin, inputs_[i]);
         }
       });
       worker_.barrier();
@@ -56,6 +57,7 @@ class LayerPass {
     in.packed = work_.packed.data() + slot * rows * work_.widest_codes;
     in.sums = (alone ? own.sums : work_.sums).data() + slot * rows * work_.most_segments;
     in.scale = (alone ? own.scale : work_.scale.data()) + slot * rows;
+    in.lookup = own.lookup ? &*own.lookup : nullptr;
     in.floats = (alone ? own.floats : work_.floats).data() + slot * rows * work_.widest;
     return in;
   }
@@ -122,8 +124,10 @@ void tap_states(Workspace& work, const std::string& name, const float* rows, siz
   tap.shape = {tap.floats.size() / width, width};
 }
 
-// Row blocks of a chunk: few enough that every thread takes several, at most what one gemv runs through.
-size_t blocks_dealt(const Worker& worker, size_t blocks) {
+// Row blocks of a chunk: few enough that every thread takes several, at most what one gemv runs through. Tables are
+// made anew for every chunk of rows: where products are looked up, a thread takes as many rows as it gets.
+size_t blocks_dealt(const Worker& worker, size_t blocks, bool looked_up) {
+  if (looked_up) return std::clamp<size_t>(round_up(ceil_div(blocks, worker.count()), 2), 1, kLookupBlocks);
   return std::clamp<size_t>(blocks / (4 * worker.count()), 1, kGemvBlocks);
 }
 
@@ -132,7 +136,8 @@ void add_to_state(const Model& model, const Linear& linear, const float* norm, c
                   Workspace& work, Worker& worker) {
   const size_t blocks = linear.padded_rows() / kRowBlock;
   float* out = norm == nullptr ? state : work.addend.data();
-  worker.deal(blocks, blocks_dealt(worker, blocks), [&](Range part) {
+  const bool looked_up = is_looked_up(model.room(), linear, input);
+  worker.deal(blocks, blocks_dealt(worker, blocks, looked_up), [&](Range part) {
     linear_rows(model.room(), linear, input, part, out, work.state_stride, norm == nullptr);
   });
   worker.barrier();
@@ -158,7 +163,8 @@ void project_qkv(const Model& model, const Layer& layer, const LayerPass& pass, 
   const size_t places[] = {0, work.query_stride, work.query_stride + work.key_stride};
   size_t total = 0;
   for (size_t i = first_part; i < 3; ++i) total += parts[i]->padded_rows() / kRowBlock;
-  worker.deal(total, blocks_dealt(worker, total), [&](Range part) {
+  const bool looked_up = is_looked_up(model.room(), layer.v_proj, pass.input(2));
+  worker.deal(total, blocks_dealt(worker, total, looked_up), [&](Range part) {
     size_t before = 0;
     for (size_t i = first_part; i < 3; ++i) {
       const size_t blocks = parts[i]->padded_rows() / kRowBlock;
@@ -246,7 +252,8 @@ void run_layer(const Model& model, size_t index, Chunk chunk, float* state, Work
   pass.prepare(state, work.state_stride, layer.mlp_norm, reads_mlp);
   work.end(Phase::norm, worker);
   const size_t hidden_blocks = ceil_div(config.intermediate_size, kRowBlock);
-  worker.deal(hidden_blocks, blocks_dealt(worker, hidden_blocks), [&](Range part) {
+  const bool looked_up = is_looked_up(model.room(), layer.up_proj, pass.input(1));
+  worker.deal(hidden_blocks, blocks_dealt(worker, hidden_blocks, looked_up), [&](Range part) {
     gated_rows(model.room(), config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), part,
                work.hidden.data(), work.hidden_stride);
   });

@@ -22,6 +22,8 @@ constexpr size_t kMaxFeatures = 1u << 18;  // K: keeps every int32 accumulator b
 constexpr size_t kKeyBlock = 16;           // keys of a block of the key cache
 constexpr size_t kChunkKeys = 256;         // keys of a chunk of the cache, whose scores are held at a time
 constexpr size_t kMaxTile = 12;            // tokens of a gemm tile
+constexpr size_t kLookupBlocks = 32;       // most row blocks of gemm_int4
+constexpr size_t kLookupScratch = 115200;  // bytes that gemm_int4 works in
 constexpr size_t kAttendRows = 16;         // query rows of one call of attend
 constexpr size_t kInt4Rows = 32;           // rows of a block of an int4 table
 constexpr size_t kInt4Group = 64;          // features of an int4 row that share a scale
@@ -119,6 +121,12 @@ struct KernelTable {
   // dot is 64-byte aligned.
   void (*gemm)(const uint8_t* weights, size_t groups, const int8_t* code, size_t tokens, const int32_t* code_sum,
                int32_t* dot);
+
+  // The same of codes -8..7 for many row blocks, 1..kLookupBlocks, whose weights lie `stride` bytes apart, and any
+  // number of tokens; null where the room has nothing faster than gemm. code: [tokens][code_stride], zero where padded.
+  // dot: [tokens][dot_stride], of which an even number of row blocks is written. scratch: kLookupScratch bytes.
+  void (*gemm_int4)(const uint8_t* weights, size_t row_blocks, size_t stride, size_t groups, const int8_t* code,
+                    size_t code_stride, size_t tokens, uint8_t* scratch, int32_t* dot, size_t dot_stride);
 
   void (*dequantize)(const Dequantize* args);
 

@@ -75,6 +75,45 @@ void each_block(Range blocks, size_t block_bytes, const Input& input, Body&& bod
   }
 }
 
+// Fewer tokens do not pay for their tables.
+constexpr size_t kLeastLookedUp = 16;
+
+// Calls body(row_block, row_blocks, first, tokens, dot, dot_stride) with products of many rows and tokens at a time.
+template <class Body>
+void each_looked_up(const KernelTable& room, const TernaryMatrix& m, const Input& input, Range blocks, Body&& body) {
+  const size_t code_stride = input.shape.stride();
+  for (size_t b = blocks.begin; b < blocks.end; b += kLookupBlocks) {
+    const size_t count = std::min(kLookupBlocks, blocks.end - b), width = round_up(count, 2) * kRowBlock;
+    for (size_t first = 0; first < input.tokens; first += kLookupTokens) {
+      const size_t tokens = std::min(kLookupTokens, input.tokens - first);
+      int32_t* dot = input.lookup->dot.data();
+      room.gemm_int4(m.data + b * m.stride(), count, m.stride(), m.groups, input.code + first * code_stride,
+                     code_stride, tokens, input.lookup->scratch.data(), dot, width);
+      body(b, count, first, tokens, dot, width);
+    }
+  }
+}
+
+// Products of one row block and token as floats.
+void dequantize_row(const KernelTable& room, const Linear& linear, const Input& input, size_t row_block, size_t token,
+                    const int32_t* dot, float* out, bool accumulate) {
+  const TernaryMatrix& m = linear.ternary;
+  const size_t row = row_block * kRowBlock;
+  const Dequantize args{
+      .dot = dot,
+      .tokens = 1,
+      .rows = std::min(kRowBlock, m.rows - row),
+      .act_scale = input.scale + token,
+      .scale = m.scales_of(0, row_block),
+      .scale_per_row = m.scale_per_row,
+      .bias = linear.bias != nullptr ? linear.bias + row : nullptr,
+      .out = out,
+      .out_stride = 0,
+      .accumulate = accumulate,
+  };
+  room.dequantize(&args);
+}
+
 size_t block_bytes(const Linear& linear) {
   return linear.is_ternary ? linear.ternary.stride() : kRowBlock * linear.dense.row_bytes();
 }
@@ -127,8 +166,25 @@ void linear_block(const KernelTable& room, const Linear& linear, const Input& in
   block(room, linear, input, row_block, row_blocks, first, tokens, out, out_stride, accumulate);
 }
 
+bool is_looked_up(const KernelTable& room, const Linear& linear, const Input& input) {
+  return room.gemm_int4 != nullptr && input.lookup != nullptr && input.tokens >= kLeastLookedUp && linear.is_ternary &&
+         linear.ternary.segments == 1;
+}
+
 void linear_rows(const KernelTable& room, const Linear& linear, const Input& input, Range blocks, float* out,
                  size_t out_stride, bool accumulate) {
+  if (is_looked_up(room, linear, input)) {
+    each_looked_up(room, linear.ternary, input, blocks,
+                   [&](size_t b, size_t count, size_t first, size_t tokens, const int32_t* dot, size_t dot_stride) {
+                     for (size_t t = 0; t < tokens; ++t) {
+                       for (size_t i = 0; i < count; ++i) {
+                         dequantize_row(room, linear, input, b + i, first + t, dot + t * dot_stride + i * kRowBlock,
+                                        out + (first + t) * out_stride + (b + i) * kRowBlock, accumulate);
+                       }
+                     }
+                   });
+    return;
+  }
   each_block(blocks, block_bytes(linear), input, [&](size_t b, size_t count, size_t first, size_t tokens) {
     linear_block(room, linear, input, b, count, first, tokens, out + first * out_stride + b * kRowBlock, out_stride,
                  accumulate);
@@ -137,6 +193,22 @@ void linear_rows(const KernelTable& room, const Linear& linear, const Input& inp
 
 void gated_rows(const KernelTable& room, Activation activation, const Linear& gate, const Input& gate_input,
                 const Linear& up, const Input& up_input, Range blocks, float* out, size_t out_stride) {
+  if (is_looked_up(room, gate, gate_input) && is_looked_up(room, up, up_input)) {
+    linear_rows(room, gate, gate_input, blocks, out, out_stride, false);
+    each_looked_up(room, up.ternary, up_input, blocks,
+                   [&](size_t b, size_t count, size_t first, size_t tokens, const int32_t* dot, size_t dot_stride) {
+                     for (size_t t = 0; t < tokens; ++t) {
+                       for (size_t i = 0; i < count; ++i) {
+                         alignas(kAlignment) float row[kRowBlock];
+                         dequantize_row(room, up, up_input, b + i, first + t, dot + t * dot_stride + i * kRowBlock, row,
+                                        false);
+                         float* to = out + (first + t) * out_stride + (b + i) * kRowBlock;
+                         room.gate(to, row, std::min(kRowBlock, gate.rows() - (b + i) * kRowBlock), activation, to);
+                       }
+                     }
+                   });
+    return;
+  }
   alignas(kAlignment) float gates[std::max(kMaxTile, kGemvBlocks) * kRowBlock];
   alignas(kAlignment) float ups[std::max(kMaxTile, kGemvBlocks) * kRowBlock];
   const size_t bytes = block_bytes(gate) + block_bytes(up);

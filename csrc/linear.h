@@ -18,6 +18,13 @@ struct CodeShape {
 };
 CodeShape code_shape(size_t columns, size_t block_size, size_t group);
 
+// What a thread needs to look codes up: dots [kLookupTokens][kLookupBlocks * 32].
+constexpr size_t kLookupTokens = 64;
+struct Lookup {
+  Array<uint8_t> scratch{kLookupScratch};
+  Array<int32_t> dot{kLookupTokens * kLookupBlocks * kRowBlock};
+};
+
 // Inputs of a linear for `tokens` tokens: codes for ternary matrices, floats for dense ones.
 struct Input {
   size_t tokens = 0, tile = 0;
@@ -27,6 +34,8 @@ struct Input {
   int32_t* sums = nullptr;   // [segments][tokens]
   float* scale = nullptr;    // [tokens]
   float* floats = nullptr;   // [tokens][columns]
+  // Codes of four bits, where the room looks them up: this thread's scratch; else null.
+  Lookup* lookup = nullptr;
   size_t columns = 0;
 };
 
@@ -40,6 +49,9 @@ void pack_tile(size_t first, const Input& input);
 constexpr size_t kGemvBlocks = 8;
 void linear_block(const KernelTable& room, const Linear& linear, const Input& input, size_t row_block,
                   size_t row_blocks, size_t first, size_t tokens, float* out, size_t out_stride, bool accumulate);
+
+// Whether the products of a linear are looked up, which wants many row blocks at a time.
+bool is_looked_up(const KernelTable& room, const Linear& linear, const Input& input);
 
 // All tokens, row blocks [blocks.begin, blocks.end); `out` is the place of row 0.
 void linear_rows(const KernelTable& room, const Linear& linear, const Input& input, Range blocks, float* out,

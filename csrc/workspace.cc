@@ -39,6 +39,7 @@ Workspace::Workspace(const Config& c, const KernelTable& room, size_t threads)
     s.code = Array<int8_t>(kInputs * widest_codes);
     s.sums = Array<int32_t>(kInputs * most_segments);
     s.floats = Array<float>(kInputs * widest);
+    if (c.activation_bits == 4 && room.gemm_int4 != nullptr) s.lookup.emplace();
   }
 }
 
@@ -47,7 +48,8 @@ uint64_t Workspace::bytes() const {
                    sine.bytes() + code.bytes() + packed.bytes() + sums.bytes() + scale.bytes() + floats.bytes();
   for (const Scratch& s : scratch) {
     total += s.state.bytes() + s.normed.bytes() + s.query.bytes() + s.mixed.bytes() + s.scores.bytes() +
-             s.query_code.bytes() + s.half.bytes() + s.code.bytes() + s.sums.bytes() + s.floats.bytes();
+             (s.lookup ? s.lookup->scratch.bytes() + s.lookup->dot.bytes() : 0) + s.query_code.bytes() +
+             s.half.bytes() + s.code.bytes() + s.sums.bytes() + s.floats.bytes();
   }
   return total;
 }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <map>
+#include <optional>
 #include <string>
 
 #include "linear.h"
@@ -28,6 +29,7 @@ struct Scratch {
   Array<int32_t> sums;
   Array<float> floats;  // one token's dense inputs
   float scale[kInputs] = {};
+  std::optional<Lookup> lookup;  // where activations have four bits and the room looks them up
 };
 
 // Tapped values of a forward pass, by name.

@@ -164,6 +164,12 @@ void gemm(const uint8_t* weights, size_t groups, const int8_t* code, size_t toke
   BD_EACH_TILE(BD_TILE)
 }
 
+}  // namespace
+
+#include "lookup.h"
+
+namespace {
+
 constexpr KernelTable kTable = {
     .name = "avx512_vbmi",
     .features = bitdistill::kAvx2 | bitdistill::kFma | bitdistill::kF16c | bitdistill::kAvx512f |
@@ -175,6 +181,7 @@ constexpr KernelTable kTable = {
     .repack = nullptr,
     .gemv = gemv,
     .gemm = gemm,
+    .gemm_int4 = gemm_int4,
     BD_AVX512_FLOAT_KERNELS,
 };
 

@@ -100,6 +100,7 @@ constexpr KernelTable kTable = {
     .repack = repack,
     .gemv = gemv,
     .gemm = gemm,
+    .gemm_int4 = nullptr,
     BD_AVX512_FLOAT_KERNELS,
 };
 

@@ -269,6 +269,7 @@ constexpr KernelTable kTable = {
     .repack = repack,
     .gemv = gemv,
     .gemm = gemm,
+    .gemm_int4 = nullptr,
     BD_AVX2_FLOAT_KERNELS(AvxVnni),
 };
 

@@ -293,6 +293,7 @@ constexpr KernelTable kTable = {
     .repack = repack,
     .gemv = gemv,
     .gemm = gemm,
+    .gemm_int4 = nullptr,
     .dequantize = dequantize<Neon>,
     .rms_norm = rms_norm<Neon>,
     .quantize = quantize<Neon>,

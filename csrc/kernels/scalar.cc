@@ -111,6 +111,7 @@ constexpr KernelTable kTable = {
     .repack = nullptr,
     .gemv = gemv,
     .gemm = gemm,
+    .gemm_int4 = nullptr,
     .dequantize = dequantize<Scalar>,
     .rms_norm = rms_norm<Scalar>,
     .quantize = quantize<Scalar>,

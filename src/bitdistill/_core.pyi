@@ -277,10 +277,13 @@ def ternary_dot(
     code: NDArray[np.int8],
     *,
     isa: str,
-    kernel: Literal["gemv", "gemm"],
+    kernel: Literal["gemv", "gemm", "gemm_int4"],
     block_size: int = 0,
 ) -> NDArray[np.int32]:
-    """Integer dot products ``[M, S, N]`` of activation codes ``[M, K]`` with packed weights, per scale segment."""
+    """Integer dot products ``[M, S, N]`` of activation codes ``[M, K]`` with packed weights, per scale segment.
+
+    ``gemm_int4`` looks codes of -8..7 up: in rooms that have it, for matrices of one segment; ValueError elsewhere.
+    """
 
 def ternary_linear(
     packed: NDArray[np.uint8],

@@ -184,3 +184,51 @@ def test_ternary_products_of_int4_codes_at_their_ends(isa: str) -> None:
     for kernel in ("gemv", "gemm"):
         dot = _core.ternary_dot(packed, 64, 8192, code, isa=isa, kernel=kernel)[:, 0]
         np.testing.assert_array_equal(dot, code.astype(np.int64) @ weights.T.astype(np.int64))
+
+
+LOOK_UP = "avx512_vbmi"
+"""The one room that looks 4-bit codes up; the others multiply them as int8."""
+needs_look_up = pytest.mark.skipif(LOOK_UP not in ROOMS, reason=f"this CPU cannot run {LOOK_UP}")
+
+
+def check_look_up(weights: np.ndarray, code: np.ndarray) -> None:
+    packed, (rows, columns) = layout.pack(weights), weights.shape
+    dot = _core.ternary_dot(packed, rows, columns, code, isa=LOOK_UP, kernel="gemm_int4")[:, 0]
+    np.testing.assert_array_equal(dot, code.astype(np.int64) @ weights.T.astype(np.int64))
+
+
+@needs_look_up
+@pytest.mark.parametrize("weight", [-1, 0, 1, None])
+@pytest.mark.parametrize("columns", [1, 19, 20, 21, 359, 360, 361, 8192])
+def test_look_up_at_the_ends_of_its_sums(weight: int | None, columns: int) -> None:
+    """Widths around a chunk of 18 groups; codes that make every entry of a table its largest or its smallest."""
+    rng = np.random.default_rng(columns)
+    weights = rng.integers(-1, 2, (70, columns)).astype(np.int8)
+    if weight is not None:
+        weights[:] = weight
+    code = rng.integers(-8, 8, (7, columns)).astype(np.int8)
+    code[0], code[1] = -8, 7
+    code[2], code[3] = np.where(weights[0] < 0, -8, 7), np.where(weights[0] < 0, 7, -8)
+    check_look_up(weights, code)
+
+
+@needs_look_up
+@given(
+    rows=st.integers(1, 1200),
+    columns=st.integers(1, 800),
+    tokens=st.integers(1, 9),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_look_up_of_any_shape(rows: int, columns: int, tokens: int, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    weights = rng.integers(-1, 2, (rows, columns)).astype(np.int8)
+    check_look_up(weights, rng.integers(-8, 8, (tokens, columns)).astype(np.int8))
+
+
+def test_look_up_is_refused_where_there_is_none() -> None:
+    packed, code = layout.pack(np.zeros((4, 40), np.int8)), np.full((1, 40), 8, np.int8)
+    with pytest.raises(ValueError, match="gemm_int4"):
+        _core.ternary_dot(packed, 4, 40, code, isa="scalar", kernel="gemm_int4")
+    if LOOK_UP in ROOMS:
+        with pytest.raises(ValueError, match="-8..7"):
+            _core.ternary_dot(packed, 4, 40, code, isa=LOOK_UP, kernel="gemm_int4")
