@@ -11,7 +11,13 @@ from pair import STOPPED
 from test_processes import WEIGHT_TOLERANCE, distance
 
 TEACHER = ("lambda_logits=0.5",)
-TAIL = ("quant_warmup_ratio=0.3", "quant_warmup_form=soft", "freeze_codes_ratio=0.5", "freeze_codes_lr=0.5")
+TAIL = (
+    "quant_warmup_ratio=0.3",
+    "quant_warmup_form=soft",
+    "freeze_codes_ratio=0.5",
+    "freeze_codes_lr=0.5",
+    "int4_activations_ratio=0.5",
+)
 OPTIONS = {"taught": (*TEACHER, *TAIL), "averaged": ("ema_decay=0.6",)}
 TWO = ("taught", "taught, sharded", "averaged")
 
@@ -47,6 +53,12 @@ def test_the_end_is_that_of_one_process(runs, student, name):
     moved = distance(one, student)
     assert moved > 0.1
     assert distance(runs / name, one) < WEIGHT_TOLERANCE * moved
+
+
+@pytest.mark.parametrize("name", TWO)
+def test_the_config_is_that_of_one_process(runs, name):
+    one = runs / f"one {name.partition(',')[0]}" / "config.json"
+    assert (runs / name / "config.json").read_text() == one.read_text()
 
 
 def test_an_average_of_shards_is_refused(runs):

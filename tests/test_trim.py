@@ -233,7 +233,7 @@ def test_the_folder_is_a_finished_step_with_code_and_a_card(
     card = (folder / "README.md").read_text(encoding="utf-8")
     assert card.startswith("---\nlicense: mit\n---\n# Mine\n")
     assert f"from 300 rows to {len(old_ids_of(folder))}: the tokens of 2 texts" in card
-    for name in ("students.py", "layers.py", "quant.py", "families.py"):
+    for name in ("students.py", "layers.py", "quant.py", "families.py", "hadamard.py"):
         assert (folder / name).read_bytes() == (source / name).read_bytes()
     assert not (folder / "eval-test.json").exists()  # the student's, not this one's
     assert not (folder / "surgery.txt").exists()

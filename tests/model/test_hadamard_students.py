@@ -9,6 +9,7 @@ import torch
 from test_students import families, make_dense, make_student, some_ids
 from tiny_encoders import small_encoder_student, some_batch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
 from bitdistill.model import STUDENT_CLASSES, BitLinear, TernarySpec
 
@@ -83,7 +84,7 @@ def test_a_student_with_it_is_the_dense_model_with_transformed_inputs(family):
     assert (logits - before).abs().max() > 0.1
 
 
-def test_an_encoder_has_the_same_two_sites():
+def test_an_encoder_has_the_same_two_sites(tmp_path):
     student = small_encoder_student("BertForMaskedLM", {"hadamard": {"o_proj": 0, "down_proj": 4}})
     blocks = {name: m.hadamard_block for name, m in student.named_modules() if isinstance(m, BitLinear)}
     width = student.config.hidden_size & -student.config.hidden_size
@@ -92,7 +93,10 @@ def test_an_encoder_has_the_same_two_sites():
         expected = width if name.endswith("attention.output.dense") else 0
         assert block == (4 if name.endswith(f"{name.split('.')[3]}.output.dense") else expected), name
     batch = {key: value for key, value in some_batch().items() if key != "labels"}
-    assert student(**batch).logits.isfinite().all()
+    student.save_pretrained(tmp_path)
+    reloaded = AutoModelForMaskedLM.from_pretrained(tmp_path)
+    assert torch.equal(reloaded.eval()(**batch).logits, student.eval()(**batch).logits)
+    assert reloaded.config.ternary == student.config.ternary
 
 
 def test_the_config_names_resolved_blocks_and_nothing_without_them(tmp_path):
@@ -102,6 +106,15 @@ def test_the_config_names_resolved_blocks_and_nothing_without_them(tmp_path):
     assert "hadamard" not in make_student("llama").config.ternary
     assert TernarySpec(**stored).to_dict() == stored
     assert hash(TernarySpec(**stored)) == hash(TernarySpec(**stored))
+
+
+@families
+def test_a_saved_student_gives_the_same_logits(family, tmp_path):
+    student = make_student(family, {"hadamard": {"o_proj": 8, "down_proj": 0}, "activation_bits": 4})
+    student.save_pretrained(tmp_path)
+    reloaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert {m.hadamard_block for m in reloaded.modules() if isinstance(m, BitLinear)} == {0, 8, 16}
+    assert torch.equal(reloaded(some_ids()).logits, student(some_ids()).logits)
 
 
 def test_a_site_that_stays_full_precision_is_not_named():
