@@ -289,19 +289,6 @@ def test_a_file_says_what_a_reader_must_compute(
         assert np.array_equal(layout.unpack(stored.get_tensor(name), *latent.shape), code.numpy())
 
 
-@pytest.mark.parametrize(
-    "ternary", [{"activation_bits": 4}, {"hadamard": {"o_proj": 8}}], ids=["a4", "hadamard"]
-)
-def test_the_engine_refuses_what_it_would_compute_otherwise(
-    cli: Callable[..., Any], save_student: Callable[..., Path], tmp_path: Path, ternary: dict
-) -> None:
-    export(save_student(tmp_path / "student", "llama", ternary), tmp_path / "packed")
-    outcome = cli("generate", tmp_path / "packed", "the")
-    assert (outcome.status, len(outcome.err.strip().splitlines())) == (1, 1)
-    assert f"packed.{next(iter(ternary))} = " in outcome.err
-    assert cli("inspect", tmp_path / "packed").status == 0
-
-
 # --- refusals ---
 
 

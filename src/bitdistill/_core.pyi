@@ -165,7 +165,8 @@ class Sampler:
 class Session:
     """One sequence: its KV cache and its position.
 
-    ``kv`` is how keys and values are kept: fp16, int8, int4, int3 or fp32. The cache grows with the text, up to ``context`` tokens.
+    ``kv`` is how keys and values are kept: fp16, int8, int4, int3 or fp32. The cache grows with the text, up to
+    ``context`` tokens.
     """
 
     def __init__(self, model: Model, *, context: int = 0, kv: str = "fp16") -> None:

@@ -83,7 +83,7 @@ def test_int4_codes_are_the_same_in_every_room() -> None:
 
 
 def stored(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """What codes of keys or values ``[T, H, E]`` stand for: unsigned, absmax per token and head, position 0 at 8 bits."""
+    """What codes of keys or values ``[T, H, E]`` stand for: absmax per token and head, position 0 at 8 bits."""
 
     def quantised(x: torch.Tensor, bits: int) -> torch.Tensor:
         step = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
@@ -230,5 +230,5 @@ def test_look_up_is_refused_where_there_is_none() -> None:
     with pytest.raises(ValueError, match="gemm_int4"):
         _core.ternary_dot(packed, 4, 40, code, isa="scalar", kernel="gemm_int4")
     if LOOK_UP in ROOMS:
-        with pytest.raises(ValueError, match="-8..7"):
+        with pytest.raises(ValueError, match=r"-8\.\.7"):
             _core.ternary_dot(packed, 4, 40, code, isa=LOOK_UP, kernel="gemm_int4")
