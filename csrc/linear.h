@@ -19,7 +19,7 @@ struct CodeShape {
 CodeShape code_shape(size_t columns, size_t block_size, size_t group);
 
 // What a thread needs to look codes up: dots [kLookupTokens][kLookupBlocks * 32].
-constexpr size_t kLookupTokens = 64;
+constexpr size_t kLookupTokens = 32;
 struct Lookup {
   Array<uint8_t> scratch{kLookupScratch};
   Array<int32_t> dot{kLookupTokens * kLookupBlocks * kRowBlock};

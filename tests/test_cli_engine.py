@@ -25,7 +25,7 @@ from bitdistill.recipe import load_recipe
 RECORD = {
     "shape", "threads", "phase", "tokens", "batch", "tok_s", "roofline_share", "probe_gb_s", "probe_gmac_s",
     "head_bits",
-    "kv", "weight_bits", "peak_rss_bytes", "first_token_s", "versus",
+    "kv", "activation_bits", "weight_bits", "peak_rss_bytes", "first_token_s", "versus",
     "samples", "disturbed_samples", "weight_bytes", "kv_bytes", "screening",
 }  # fmt: skip
 
@@ -205,9 +205,30 @@ def test_bench_measures_batches_loading_and_classification(packed: tuple) -> Non
     assert load["weight_bytes"] == pytest.approx(sum(parts.values()), rel=0.1)  # norms and rows are padded
     with pytest.raises(ConfigError, match="context is too short"):
         run_bench(folder, None, [1], Measured(labels=2))
+    worker = OwnModel(str(folder), None, 1, head="int8", kv="auto")
+    assert worker.facts()["kv"] == "fp16"
+    assert worker.answer({"linears": 20})["seconds"] > 0
+    growth = [worker.answer({"decode_bytes": context})["decode_bytes"] for context in (0, 10)]
+    config = worker.core.config
+    heads = config["num_key_value_heads"] * config["num_hidden_layers"]
+    assert growth[1] - growth[0] == 10 * heads * 2 * config["head_dim"] * 2  # keys and values of two bytes
     worker = OwnModel(str(folder), None, 1, head="int8", kv="int8", labels=2)
     assert worker.answer({"classify": 20})["seconds"] > 0
     assert worker.answer({"memory": True})["kv_bytes"] == 0  # no session
+
+
+def test_a_bitnet_v2_shape_runs_with_either_number_of_bits(tmp_path: Path) -> None:
+    small = {"hidden_size": 64, "num_attention_heads": 1, "num_key_value_heads": 1, "num_hidden_layers": 1}
+    blocks = {"hadamard": {"o_proj": 64, "down_proj": 8192}}
+    for bits in (8, 4):
+        shape = find_shape("bitnet-v2-1.3b", bits) | small | {"vocab_size": 100}
+        shape["packed"] |= blocks
+        packed = PackedModel.open(write_random(tmp_path / str(bits), shape, "int8"))
+        assert packed.config["packed"]["activation_bits"] == bits
+        assert packed.load(threads=1).memory() == random_model(shape, "int8", threads=1).memory()
+    assert find_shape("bitnet-v2-1.3b")["packed"]["activation_bits"] == 4
+    with pytest.raises(ConfigError, match="leave out --versus"):
+        run_bench(None, "bitnet-v2-1.3b", [1], Measured(kv="int8"))
 
 
 def test_a_random_file_has_the_shape_s_sizes_and_loads(tmp_path: Path) -> None:
@@ -227,6 +248,9 @@ def test_shapes_have_the_published_sizes() -> None:
     assert billions["bitnet-2b4t"] == pytest.approx(2.084, abs=1e-3)
     assert billions["qwen3-0.6b"] == pytest.approx(0.44, abs=5e-3)
     assert billions["qwen3-1.7b"] == pytest.approx(1.4, abs=2e-2)
+    assert billions["bitnet-v2-1.3b"] == pytest.approx(
+        1.208, abs=1e-3
+    )  # table 8: 18 x (4 x 2048^2 + 3 x 2048 x 8192)
     assert billions["qwen3-4b"] == pytest.approx(3.6, abs=5e-2)
 
 

@@ -10,7 +10,7 @@
 
 namespace {
 
-constexpr size_t kChunkGroups = 18;           // of the tables of two tokens, which stay in the first-level cache
+constexpr size_t kChunkGroups = 12;           // of the tables of two tokens, which stay in the first-level cache
 constexpr size_t kTables = 5 * kChunkGroups;  // a multiple of kAdded
 constexpr size_t kAdded = 3;                  // entries that a byte adds
 constexpr size_t kLookupTile = 2;             // tokens

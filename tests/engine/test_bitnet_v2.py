@@ -1,4 +1,4 @@
-"""BitNet v2 students in the engine, against torch: Hadamard transforms, 4-bit activations, low-bit states.
+"""BitNet v2 students in the engine, against torch: Hadamard transforms, 4-bit activations, low-bit attention states.
 
 Exact mode is a cache of fp32 that holds what the model's bits leave of keys and values. Over codes attention splits
 queries and weights in two int8 codes each, which is 1e-5 of their peaks: another bound, stated below.
@@ -59,7 +59,7 @@ def random_ids(model: Any) -> torch.Tensor:
 
 
 def check_parity(model: Any, engine: _core.Model, kv: str, rounding: float) -> None:
-    """As ``test_decoder`` has it; ``rounding``: of logits, in standard deviations, before a code differs."""
+    """As in ``test_decoder``; ``rounding``: of logits, in standard deviations, before the first code that differs."""
     ids = random_ids(model)
     got, taps = _core.Session(engine, kv=kv).forward_tapped(ids.numpy().astype(np.int32))
     _, codes = torch_codes(model, ids, taps)

@@ -83,7 +83,7 @@ def test_int4_codes_are_the_same_in_every_room() -> None:
 
 
 def stored(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """What codes of keys or values ``[T, H, E]`` stand for: unsigned, by absmax, position 0 at 8 bits."""
+    """What codes of keys or values ``[T, H, E]`` stand for: absmax per token and head, position 0 at 8 bits."""
 
     def quantised(x: torch.Tensor, bits: int) -> torch.Tensor:
         step = x.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)
@@ -199,9 +199,9 @@ def check_look_up(weights: np.ndarray, code: np.ndarray) -> None:
 
 @needs_look_up
 @pytest.mark.parametrize("weight", [-1, 0, 1, None])
-@pytest.mark.parametrize("columns", [1, 19, 20, 21, 359, 360, 361, 8192])
+@pytest.mark.parametrize("columns", [1, 19, 20, 21, 239, 240, 241, 8192])
 def test_look_up_at_the_ends_of_its_sums(weight: int | None, columns: int) -> None:
-    """Widths around a chunk of 18 groups; codes that make every entry of a table its largest or its smallest."""
+    """Widths around a chunk of 12 groups; codes that make every entry of a table its largest or its smallest."""
     rng = np.random.default_rng(columns)
     weights = rng.integers(-1, 2, (70, columns)).astype(np.int8)
     if weight is not None:
@@ -214,7 +214,7 @@ def test_look_up_at_the_ends_of_its_sums(weight: int | None, columns: int) -> No
 
 @needs_look_up
 @given(
-    rows=st.integers(1, 1200),
+    rows=st.integers(1, 2200),
     columns=st.integers(1, 800),
     tokens=st.integers(1, 9),
     seed=st.integers(0, 2**32 - 1),
