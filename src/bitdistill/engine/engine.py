@@ -46,8 +46,8 @@ class Engine:
             threads: worker threads; None for one on each CPU that this process may use.
             kv_cache: how keys and values of attention are kept. ``auto`` is the form that the model was trained for,
                 fp16 where it names none. ``int8`` (a scale for each key and each value of a head) takes half of fp16's
-                memory, ``int4`` and ``int3`` (position 0 of a text at eight bits) a quarter and less; on a model that was
-                not trained for them they cost accuracy. With ``fp32``, and a head in bf16 or f32, results
+                memory, ``int4`` and ``int3`` (position 0 of a text at eight bits) a quarter and less; they cost
+                accuracy on a model that was not trained for them. With ``fp32``, and a head in bf16 or f32, results
                 differ from torch's by rounding alone.
             mmap: share the file's pages among processes instead of copying; the file must not change meanwhile.
             screening: greedy decoding reads an int8 copy of a bf16 or f32 head, half its size, and scores in full
