@@ -132,7 +132,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "format version": (edit_config(lambda c: c["packed"].update(format_version=3)), "format_version 3 is not 1 or 2"),
     "no version": (edit_config(lambda c: c["packed"].pop("format_version")), "packed.format_version is missing"),
     "layout": (edit_config(lambda c: c["packed"].update(layout="t5x64-v1")), "layout 't5x64-v1'"),
-    "activation bits": (edit_config(lambda c: c["packed"].update(activation_bits=4)), "packed.activation_bits = 4"),
+    "activation bits": (edit_config(lambda c: c["packed"].update(activation_bits=3)), "packed.activation_bits = 3"),
     "granularity": (edit_config(lambda c: c["packed"].update(granularity="row")), "packed.granularity = 'row'"),
     "block size": (edit_config(lambda c: c["packed"].update(block_size=16)), "does not go with granularity"),
     "rounding": (edit_config(lambda c: c["packed"].update(activation_rounding="up")), "activation_rounding"),
