@@ -223,11 +223,9 @@ float quantize_int4(const float* x, size_t n, size_t segment, size_t padded, int
   float magnitude[kSums];
   for (size_t p = 0; p < kParts; ++p) V::store(magnitude + p * V::kWidth, part[p]);
   for (size_t j = 0; i < n; ++i, ++j) magnitude[j] += Scalar::abs(x[i]);
-  for (size_t half = kSums / 2; half > 0; half /= 2) {
+  for (size_t half = kSums / 2; half > 0; half /= 2)
     for (size_t j = 0; j < half; ++j) magnitude[j] += magnitude[j + half];
-  }
-  constexpr float kRootOf7 = 2.6457513110645906f;
-  const float scale = Scalar::max(magnitude[0] / static_cast<float>(n), kMaxFloor) / kRootOf7;
+  const float scale = Scalar::max(magnitude[0] / static_cast<float>(n), kMaxFloor) / 2.6457513f;  // sqrt(7)
   write_codes<V>(x, n, segment, padded, code, sums, [&]<class W>(typename W::Reg v) {
     const auto least = W::max(W::round(W::div(v, W::set(scale))), W::set(-8));  // NaN too
     return W::sub(W::set(0), W::max(W::sub(W::set(0), least), W::set(-7)));
