@@ -193,20 +193,33 @@ void linear_rows(const KernelTable& room, const Linear& linear, const Input& inp
 
 void gated_rows(const KernelTable& room, Activation activation, const Linear& gate, const Input& gate_input,
                 const Linear& up, const Input& up_input, Range blocks, float* out, size_t out_stride) {
-  if (is_looked_up(room, gate, gate_input) && is_looked_up(room, up, up_input)) {
+  if (is_looked_up(room, gate, gate_input) || is_looked_up(room, up, up_input)) {
+    // Codes that are looked up were not packed into tiles: each of the two goes its own way, one after the other.
     linear_rows(room, gate, gate_input, blocks, out, out_stride, false);
-    each_looked_up(room, up.ternary, up_input, blocks,
-                   [&](size_t b, size_t count, size_t first, size_t tokens, const int32_t* dot, size_t dot_stride) {
-                     for (size_t t = 0; t < tokens; ++t) {
-                       for (size_t i = 0; i < count; ++i) {
-                         alignas(kAlignment) float row[kRowBlock];
-                         dequantize_row(room, up, up_input, b + i, first + t, dot + t * dot_stride + i * kRowBlock, row,
-                                        false);
-                         float* to = out + (first + t) * out_stride + (b + i) * kRowBlock;
-                         room.gate(to, row, std::min(kRowBlock, gate.rows() - (b + i) * kRowBlock), activation, to);
+    const auto apply = [&](const float* ups, size_t b, size_t rows, size_t t) {
+      float* to = out + t * out_stride + b * kRowBlock;
+      room.gate(to, ups, std::min(rows, gate.rows() - b * kRowBlock), activation, to);
+    };
+    if (is_looked_up(room, up, up_input)) {
+      each_looked_up(room, up.ternary, up_input, blocks,
+                     [&](size_t b, size_t count, size_t first, size_t tokens, const int32_t* dot, size_t dot_stride) {
+                       for (size_t t = 0; t < tokens; ++t) {
+                         for (size_t i = 0; i < count; ++i) {
+                           alignas(kAlignment) float row[kRowBlock];
+                           dequantize_row(room, up, up_input, b + i, first + t, dot + t * dot_stride + i * kRowBlock,
+                                          row, false);
+                           apply(row, b + i, kRowBlock, first + t);
+                         }
                        }
-                     }
-                   });
+                     });
+      return;
+    }
+    alignas(kAlignment) float ups[std::max(kMaxTile, kGemvBlocks) * kRowBlock];
+    each_block(blocks, block_bytes(up), up_input, [&](size_t b, size_t count, size_t first, size_t tokens) {
+      const size_t width = count * kRowBlock;
+      linear_block(room, up, up_input, b, count, first, tokens, ups, width, false);
+      for (size_t t = 0; t < tokens; ++t) apply(ups + t * width, b, width, first + t);
+    });
     return;
   }
   alignas(kAlignment) float gates[std::max(kMaxTile, kGemvBlocks) * kRowBlock];

@@ -8,8 +8,8 @@
 namespace bitdistill {
 
 //     step = max|x| / top,  code = round(x / step),  x ~= code * step,  top = 2^(bits - 1) - 1
-// Codes are signed here, within top; stored ones have 2^(bits - 1) added. An all-zero row, or one with a number that is
-// not finite, has a step of 1.
+// Codes are signed here, within top; stored ones have 2^(bits - 1) added. An all-zero row, or one with an infinity, has
+// a step of 1; a NaN counts for nothing in the peak and has the code -top.
 class LowBits {
  public:
   LowBits(const float* x, size_t n, size_t bits) : top_(static_cast<float>((1 << (bits - 1)) - 1)) {

@@ -334,6 +334,12 @@ def test_settings_that_contradict_each_other_are_refused(document, message):
             'use "bitnet_v2"',
         ),
         ({"base": {"hadamard_block": 8}}, "base.hadamard_block", 8, 'architecture = "bitnet_v2"'),
+        (
+            {"base": {"architecture": "bitnet_v2", "ternary": False, "hadamard_block": 8}},
+            "base.hadamard_block",
+            8,
+            "full-precision twin",
+        ),
         ({"base": {"continue_from": "x", "hadamard_block": 8}}, "base.hadamard_block", 8, "leave it out"),
         (
             {"base": {"architecture": "bitnet_v2", "intermediate_size": 688, "hadamard_block": 64}},

@@ -224,6 +224,11 @@ def test_lm_evals_own_command_line_knows_both_models():
     assert done.stdout.split() == ["TorchLM", "EngineLM"]
 
 
+def test_bits_of_states_are_not_of_an_exported_model(folders):
+    with pytest.raises(ConfigError, match="are of torch"):
+        EngineLM(str(folders[1]), kv_bits=4)
+
+
 def test_the_engines_model_loads_no_torch(folders):
     code = (
         "import sys; from bitdistill.harness import EngineLM; from lm_eval.api.instance import Instance\n"

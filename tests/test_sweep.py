@@ -269,6 +269,11 @@ def test_points_are_all_combinations_seed_by_seed():
     assert [point.reference for point in found] == [True, False, False, False] * 2
 
 
+def test_points_whose_keys_differ_in_the_section_alone_have_names_of_their_own():
+    found = points({}, [{"x.a": 1}, {"y.a": 1}, {"y.a": 2}], (0,))
+    assert [point.name for point in found] == ["x.a-1_s0", "y.a-1_s0", "a-2_s0"]
+
+
 def test_a_rate_of_one_method_replaces_the_grid():
     config = RunConfig(learning_rates=(1e-3, 1e-2), method_rates=("bitdistill=0.5",))
     assert config.rates_of("bitdistill") == (0.5,)

@@ -25,7 +25,7 @@ from bitdistill.train.loading import load_model, load_tokenizer
 from bitdistill.train.rotation import rotate
 from bitdistill.train.spinquant import learn_rotations
 
-BATCH = 4
+BATCH = 8
 """Sequences of a calibration batch."""
 
 
@@ -91,7 +91,7 @@ def main() -> None:
             "seed": options.seed,
             "steps": options.steps,
             "learning_rate": options.learning_rate,
-            "sequences": options.sequences,
+            "sequences": min(options.sequences, options.steps * BATCH),
             "heldout_tokens": len(heldout) * recipe.corpus.sequence_length,
             "finished": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             "rows": rows,

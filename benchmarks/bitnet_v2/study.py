@@ -39,17 +39,20 @@ STATES = {
 """The columns of the paper's tables 2 and 3."""
 
 
+class Failed(Exception):
+    """A verb of a variant ended with an error."""
+
+
 def bitdistill(*words: object) -> None:
-    """Run a verb of the command line; its error ends the study."""
+    """Run a verb of the command line."""
     command = [sys.executable, "-m", "bitdistill", *map(str, words)]
     if subprocess.run(command, check=False).returncode:
-        raise SystemExit(f"failed: {' '.join(command[2:])}")
+        raise Failed(" ".join(command[2:]))
 
 
 def judged(path: Path, *words: object) -> dict[str, Any]:
-    """What ``bitdistill eval`` found, kept at ``path``."""
-    if not path.is_file():
-        bitdistill("eval", *words, "--json", path)
+    """What ``bitdistill eval`` finds, written to ``path``."""
+    bitdistill("eval", *words, "--json", path)
     return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
@@ -60,12 +63,13 @@ def heldout_curve(folder: Path) -> dict[str, list[float]]:
     return {"step": [step for step, _ in found], "loss": [loss for _, loss in found]}
 
 
-def record(variant: str, seed: int, more: list[str]) -> dict[str, Any]:
+def record(variant: str, seed: int, changes: list[str]) -> dict[str, Any]:
     """Train and judge one model."""
-    settings = [word for value in (f"seed={seed}", *VARIANTS[variant], *more) for word in ("--set", value)]
-    folder = RUNS / f"{variant}_s{seed}"
+    name = f"{variant}_s{seed}"
+    settings = [word for value in (f"name={name}", f"seed={seed}", *changes) for word in ("--set", value)]
+    folder = RUNS / name
     base, tuned = folder / "base", folder / "sst2"
-    bitdistill("base", RECIPE, "--output", base, *settings)
+    bitdistill("base", RECIPE, *settings)
     perplexity = {"as trained": judged(folder / "perplexity.json", RECIPE, base, "--perplexity", *settings)}
     for name, words in STATES.items():
         path = folder / f"perplexity {name}.json"
@@ -78,7 +82,7 @@ def record(variant: str, seed: int, more: list[str]) -> dict[str, Any]:
     return {
         "variant": variant,
         "seed": seed,
-        "settings": [*VARIANTS[variant], *more],
+        "settings": changes,
         "perplexity": {name: found["perplexity"] for name, found in perplexity.items()},
         "sst2": {name: found["accuracy"] for name, found in accuracy.items()},
         "sst2_stderr": accuracy["as trained"]["stderr"],
@@ -89,7 +93,7 @@ def record(variant: str, seed: int, more: list[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Every variant of one seed that has no record yet."""
+    """Every variant of one seed that has no record yet; one that fails does not keep the others from their turn."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -98,10 +102,23 @@ def main() -> None:
     parser.add_argument("--set", dest="more", action="append", default=[], metavar="SECTION.KEY=VALUE")
     parser.add_argument("--records", type=Path, default=ROOT / "records")
     options = parser.parse_args()
+    failed = []
     for variant in options.variant:
         path = options.records / f"{variant}_s{options.seed}.json"
-        if not path.is_file():
-            write_json(path, record(variant, options.seed, options.more))
+        settings = [*VARIANTS[variant], *options.more]
+        if path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))["settings"]
+            if found != settings:
+                sys.exit(
+                    f"error: {path} was made with {found}, not {settings}; give other --records, or delete it"
+                )
+            continue
+        try:
+            write_json(path, record(variant, options.seed, settings))
+        except Failed as error:  # a divergence is told by the verb itself
+            failed.append(f"{variant}: {error}")
+    if failed:
+        sys.exit("failed: " + "\n        ".join(failed))
 
 
 if __name__ == "__main__":

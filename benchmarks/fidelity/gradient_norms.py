@@ -1,10 +1,10 @@
-"""What the parts of the stage-3 loss pull with at its start: norms of their gradients, and the gamma that evens them.
+"""What the parts of the stage-3 loss pull with at its start: norms of their gradients, and the weights that even them.
 
     python benchmarks/fidelity/gradient_norms.py RECIPE STUDENT TEACHER [--set SECTION.KEY=VALUE] [--batches 20]
 
 STUDENT is a checkpoint after stage 1 or 2, TEACHER a fine-tuned full-precision model. Every part's gradient is taken
-over the same batches at weight 1, so a part's pull in training is its weight times its norm; ``balanced_gamma`` gives
-the relation KD the norm of the cross-entropy. The cosines say whether two parts pull the same way.
+over the same batches at weight 1, so a part's pull in training is its weight times its norm; ``balanced``
+weights give each KD the norm of the cross-entropy. The cosines say whether two parts pull the same way.
 """
 
 import argparse
@@ -53,13 +53,13 @@ def gradients(recipe: Recipe, student: str, teacher: str, num_batches: int) -> d
 
 
 def report(found: dict[str, Tensor]) -> dict[str, Any]:
-    """Norms, pairwise cosines, and the gamma that makes the relation KD's norm the cross-entropy's."""
+    """Norms, pairwise cosines, and the weights that make the norm of each KD the cross-entropy's."""
     norms = {part: float(vector.norm()) for part, vector in found.items()}
     pairs = [(a, b) for i, a in enumerate(PARTS) for b in PARTS[i + 1 :]]
     return {
         "norms": norms,
         "cosines": {f"{a}, {b}": float(found[a] @ found[b]) / (norms[a] * norms[b]) for a, b in pairs},
-        "balanced_gamma": norms["ce"] / norms["relation_kd"],
+        "balanced": {part: norms["ce"] / norms[part] for part in PARTS[1:]},
     }
 
 

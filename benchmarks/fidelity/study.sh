@@ -36,7 +36,7 @@ stages() {
     'run.methods=["bitnet_sft", "bitdistill:no_pretrain+no_distill", "bitdistill:no_distill", "bitdistill:no_pretrain", "bitdistill:no_relation_kd", "bitdistill:no_logits_kd", "bitdistill"]'
 }
 
-relation() {
+relation() { # at 13 its gradient has the norm of the cross-entropy's (gradient_norms.json)
   screen relation "The relation loss: form, weight, states, mask, heads, layer" \
     --point "" \
     --point "distill.gamma_relation=10" \
@@ -55,13 +55,14 @@ relation() {
     --point "distill.relation_layers=[0,1,2,3]"
 }
 
-logits() {
+logits() { # at 125 its gradient has the norm of the cross-entropy's (gradient_norms.json)
   screen logits "The logits KD: weight, temperature, tau squared, tokens, teacher" \
     --point "" \
     --point "distill.temperature=1" \
     --point "distill.temperature=2" \
     --point "distill.lambda_logits=10" \
     --point "distill.lambda_logits=10 distill.temperature=1" \
+    --point "distill.lambda_logits=125" \
     --point "distill.tau_squared=true" \
     --point "distill.kd_tokens=all" \
     --point "distill.kd_tokens=all distill.temperature=1" \

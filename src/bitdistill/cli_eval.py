@@ -69,7 +69,7 @@ def evaluate(
             value = pipeline.heldout_perplexity(config, source, bits)
         result: dict[str, Any] = {"perplexity": value}
         if sparsity:
-            result |= pipeline.heldout_sparsity(config, source)
+            result |= pipeline.heldout_sparsity(config, source, bits)
     else:
         task = load_task(config.task)
         if engine:

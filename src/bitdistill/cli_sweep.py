@@ -127,8 +127,8 @@ def _print(found: dict[str, dict[str, Any]], json_path: Path | None) -> None:
     methods = list(dict.fromkeys(key for record in found.values() for key in record["rows"]))
     table = Table("run", *methods)
     for name, record in found.items():
-        rows = record["rows"]
-        cells = (f"{100 * rows[key][record['metric']]:.2f} %" if key in rows else "failed" for key in methods)
+        rows, other = record["rows"], "failed" if "failed" in record else ""
+        cells = (f"{100 * rows[key][record['metric']]:.2f} %" if key in rows else other for key in methods)
         table.add_row(name, *cells)
     console.print(table)
     failed = {name: record["failed"] for name, record in found.items() if "failed" in record}

@@ -231,8 +231,13 @@ class EngineLM(ScorerLM):
         max_length: int | None = None,
         **others: Any,
     ) -> None:
-        """Load a folder that ``bitdistill export`` wrote; arguments as of ``Engine`` and ``TorchLM``."""
-        del others
+        """Load a folder that ``bitdistill export`` wrote; arguments as of ``Engine`` and ``TorchLM``.
+
+        Raises:
+            ConfigError: ``query_bits`` or ``kv_bits`` is given, which an exported model has for itself.
+        """
+        if others.get("query_bits") or others.get("kv_bits"):
+            raise ConfigError("query_bits and kv_bits are of torch; give them with a checkpoint")
         super().__init__()
         self.engine = Engine(pretrained, threads=threads, kv_cache=kv_cache)
         self.scorer = EngineScorer(self.engine)

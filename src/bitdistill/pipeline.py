@@ -364,10 +364,10 @@ def heldout_perplexity(recipe: Recipe, source: str | Path, bits: StateBits = OWN
     return TorchScorer(model, tokenizer).perplexity(heldout_sequences(recipe, tokenizer))
 
 
-def heldout_sparsity(recipe: Recipe, source: str | Path) -> dict[str, float]:
+def heldout_sparsity(recipe: Recipe, source: str | Path, bits: StateBits = OWN_BITS) -> dict[str, float]:
     """Share of zeros that a student's ternary linears meet on the held-out part; see ``sparsity``."""
     tokenizer = load_tokenizer(source, recipe.revision_of(source))
-    model = load_model(source, recipe.revision_of(source))
+    model = bits.apply(load_model(source, recipe.revision_of(source)))
     with counting(model) as count:
         TorchScorer(model, tokenizer).perplexity(heldout_sequences(recipe, tokenizer))
     return sparsity(model, count)

@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -38,11 +39,14 @@ class Point:
     seed: int
     reference: bool
     """Whether it is the point that the others are held against: the first value of every key."""
+    with_sections: bool = False
+    """Whether the name has the keys' sections too, because it would be another point's name without them."""
 
     @property
     def name(self) -> str:
         """What tells it from the other points of its sweep."""
-        parts = [f"{key.rpartition('.')[2]}-{_slug(value)}" for key, value in self.values.items()]
+        names = [key if self.with_sections else key.rpartition(".")[2] for key in self.values]
+        parts = [f"{key}-{_slug(value)}" for key, value in zip(names, self.values.values(), strict=True)]
         text = "_".join(parts) or "as-it-is"
         if len(text) > LONGEST_NAME:
             text = f"{text[:LONGEST_NAME]}-{digest_of(dict(self.values))[:6]}"
@@ -69,7 +73,9 @@ def points(
         for choice in choices or [{}]
         for values in itertools.product(*grid.values())
     ]
-    return [Point(values, seed, index == 0) for seed in seeds for index, values in enumerate(combinations)]
+    found = [Point(values, seed, index == 0) for seed in seeds for index, values in enumerate(combinations)]
+    taken = Counter(point.name for point in found)
+    return [dataclasses.replace(point, with_sections=taken[point.name] > 1) for point in found]
 
 
 def point_recipe(recipe: Recipe, point: Point, folder: Path) -> Recipe:

@@ -80,6 +80,8 @@ STUDENTS: list[tuple[str, dict, dict]] = [
     ("llama", {"activation_bits": 4}, {}),
     ("qwen3", V2 | {"norm_sites": "all", "hadamard": {"o_proj": 4, "down_proj": 8}}, {}),
     ("llama", V2 | {"norm_sites": "none", "skip": ["*.down_proj"]}, {}),
+    ("llama", V2 | {"skip": ["*.gate_proj"]}, {}),
+    ("llama", V2 | {"skip": ["*.up_proj"]}, {}),
     ("llama", V2 | {"granularity": "block", "block_size": 16}, {}),
 ]
 
@@ -156,6 +158,9 @@ def test_the_model_chooses_its_cache_and_the_user_another(packed: Path) -> None:
         ({"hadamard": {"o_proj": 24}}, r"hadamard block 24 of o_proj is not a power of two that divides"),
         ({"hadamard": {"down_proj": 1 << 17}}, r"hadamard block 131072 of down_proj"),
         ({"hadamard": [8]}, r"hadamard = \[8\]: expected sites"),
+        ({"hadamard": []}, r"hadamard = \[\]: expected sites"),
+        ({"kv_bits": [4]}, r"kv_bits = \[4\]: the engine runs 16, 8, 4, 3"),
+        ({"format_version": 1}, r"format_version 1 has no such setting"),
     ],
 )
 def test_settings_that_no_kernel_runs_are_refused(packed: Path, change_to: dict, message: str) -> None:

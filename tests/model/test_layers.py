@@ -78,6 +78,8 @@ def test_warm_up_coefficient_acts_in_training_and_never_in_evaluation():
         ("activation_bits", 2),
         ("block_size", 0),
         ("dead_zone_bias", -0.1),
+        ("hadamard", "outputs"),
+        ("hadamard", 3),
     ],
 )
 def test_spec_names_the_field_and_value_it_refuses(field, value):

@@ -1,6 +1,7 @@
 """Activations of 8 bits, then of 4 in the same training: when, with what optimizer state, and what is saved."""
 
 import json
+from fractions import Fraction
 
 import pytest
 import torch
@@ -32,6 +33,13 @@ def test_the_tail_is_that_share_of_the_steps_rounded_up(ratio, last):
     assert [activations_are_int4(config, step, 8) for step in range(8)] == [False] * (8 - last) + [
         True
     ] * last
+
+
+@pytest.mark.parametrize(("ratio", "steps"), [(0.07, 100), (0.07, 300), (0.55, 100)])
+def test_a_whole_number_of_steps_is_not_rounded_up(ratio, steps):
+    config = TrainingConfig(int4_activations_ratio=ratio)
+    int4 = [activations_are_int4(config, step, steps) for step in range(steps)]
+    assert sum(int4) == Fraction(str(ratio)) * steps
 
 
 def test_a_record_names_it_only_where_there_is_one():

@@ -190,11 +190,23 @@ def test_not_fused_the_trained_codes_stay():
         ("llama", {"norm_sites": "all"}, True, "q_proj stands between"),
         ("llama", {"hadamard": {"o_proj": 0}}, False, "plain BitNet b1.58"),
         ("llama", {"scale": "learned"}, False, "plain BitNet b1.58"),
+        ("llama", {"activation_bits": 4}, False, "8-bit activations throughout"),
+        ("llama", {"activation_bits": 16}, True, "8-bit activations throughout"),
+        ("llama", {"int4_sites": "inputs"}, False, "8-bit activations throughout"),
     ],
 )
 def test_what_a_rotation_would_not_preserve_is_refused(family, ternary, fused, words):
     with pytest.raises(SurgeryError, match=words):
         rotate(small_student(family, ternary), kind="quarot", fused=fused)
+
+
+def test_a_transform_of_blocks_of_one_feature_is_none():
+    """The study's b1.58 is a BitNet v2 with H_1 = [1]."""
+    plain, ones = (small_student("llama", t) for t in ({}, {"hadamard": {"o_proj": 1, "down_proj": 1}}))
+    ones.load_state_dict(plain.state_dict())
+    ids = torch.arange(20).reshape(2, 10) + 20
+    rotated = [rotate(model, kind="quarot", fused=False)[0](input_ids=ids).logits for model in (plain, ones)]
+    assert torch.equal(*rotated)
 
 
 def test_a_full_precision_model_is_refused(make_model):

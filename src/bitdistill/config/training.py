@@ -265,8 +265,9 @@ class BaseConfig(CorpusTrainingConfig):
             f'architecture = "{self.architecture}" has no place for 4-bit activations; use "bitnet_v2" or '
             '"bitnet_a4_8"',
         )
-        if self.architecture != "bitnet_v2":
-            check_unused(self, "base", ("hadamard_block",), 'set architecture = "bitnet_v2"')
+        if self.architecture != "bitnet_v2" or not (self.ternary or self.continue_from):
+            remedy = 'set architecture = "bitnet_v2", which the full-precision twin has no transform of'
+            check_unused(self, "base", ("hadamard_block",), remedy)
         remedy = "use a power of two, or 0 for the largest that divides each input"
         check(block >= 0 and not block & (block - 1), "base.hadamard_block", block, remedy)
         widths = {

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from .. import _core
 from ..errors import CheckpointError, EngineError
-from ..packed import WEIGHTS_FILE, Entry, read_header, read_json_object, read_packed_config
+from ..packed import FORMAT_VERSION, WEIGHTS_FILE, Entry, read_header, read_json_object, read_packed_config
 from .families import FAMILIES, activation, check_settings, core_name, layer_settings
 
 _SIZES = (
@@ -67,7 +67,8 @@ class PackedModel:
     @property
     def kv_form(self) -> CacheForm:
         """The form of the cache for the keys and values that the model was made for; ``core_config`` checks them."""
-        return KV_FORMS.get(self.config["packed"].get("kv_bits", 16), "fp16")
+        bits = self.config["packed"].get("kv_bits", 16)
+        return KV_FORMS.get(bits, "fp16") if type(bits) is int else "fp16"
 
     def core_tensors(self) -> list[_core.Tensor]:
         """Where the core finds each tensor, under the core's names."""
@@ -180,9 +181,14 @@ def _bitnet_v2(packed: dict[str, Any]) -> dict[str, Any]:
         if type(settings[key]) is not int or settings[key] not in allowed:
             known = ", ".join(map(str, allowed))
             raise ValueError(f"packed.{key} = {settings[key]!r}: the engine runs {known}")
-    blocks = packed.get("hadamard") or {}
+    blocks = packed.get("hadamard", {})
     if not isinstance(blocks, dict) or not all(type(block) is int and block > 0 for block in blocks.values()):
         raise ValueError(f"packed.hadamard = {blocks!r}: expected sites with the sizes of their blocks")
+    later: list[str] = [key for key in ("query_bits", "kv_bits", "hadamard") if key in packed]
+    if settings["activation_bits"] != 8:
+        later.append("activation_bits")
+    if packed.get("format_version") == FORMAT_VERSION and later:
+        raise ValueError(f"packed.{later[0]} = {packed[later[0]]!r}: format_version 1 has no such setting")
     return settings | {"hadamard": blocks}
 
 

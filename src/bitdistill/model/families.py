@@ -47,6 +47,12 @@ class Family:
     text_checkpoint: str = ""
     """A text-only checkpoint on the hub, to name when someone gives a multimodal one with this decoder inside."""
 
+    def __post_init__(self) -> None:
+        if len(self.linears_out) != 2:
+            raise ValueError(
+                f"{self.model_type}: linears_out are two, the attention's and the feed-forward's"
+            )
+
     @property
     def student_type(self) -> str:
         return f"bit_{self.model_type}"

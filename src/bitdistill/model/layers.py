@@ -99,7 +99,10 @@ class TernarySpec:
         object.__setattr__(self, "hadamard", self._hadamard_pairs())
 
     def _hadamard_pairs(self) -> tuple[tuple[str, int], ...]:
-        blocks = dict(self.hadamard)
+        try:
+            blocks = dict(self.hadamard)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"ternary.hadamard = {self.hadamard!r}: use a block for each site") from error
         for site, block in blocks.items():
             if site not in HADAMARD_SITES:
                 raise ValueError(f"ternary.hadamard = {blocks!r}: use sites of {', '.join(HADAMARD_SITES)}")

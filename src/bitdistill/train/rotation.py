@@ -268,7 +268,14 @@ def _check(model: PreTrainedModel, family: Family | None, fused: bool) -> None:
     if family is None or family.is_encoder or not linears:
         raise SurgeryError(f"{name} is no ternary decoder: rotate a student, or a native BitNet")
     specs = {m.spec for m in linears.values()}
-    if any(spec.hadamard or spec.scale != "absmean" or spec.dead_zone_bias or spec.skip for spec in specs):
+    if any(spec.activation_bits != 8 or spec.int4_sites != "all" for spec in specs):
+        raise SurgeryError(
+            f"{name} was not trained with 8-bit activations throughout; rotate a plain BitNet b1.58"
+        )
+    # A block of one feature transforms nothing.
+    if any(block != 1 for spec in specs for block in dict(spec.hadamard).values()) or any(
+        spec.scale != "absmean" or spec.dead_zone_bias or spec.skip for spec in specs
+    ):
         raise SurgeryError(
             f"{name} has Hadamard transforms, learned scales, biases of dead weights or full-precision linears, which "
             "a rotation does not preserve; rotate a plain BitNet b1.58"

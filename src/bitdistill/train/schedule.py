@@ -62,9 +62,14 @@ def _cosine(progress: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
+def share_of_steps(ratio: float, total_steps: int) -> int:
+    """``ratio * total_steps``, rounded up; the product of 0.07 and 100, which is 7.000000000000001, is seven."""
+    return math.ceil(ratio * total_steps - 1e-9)
+
+
 def quant_lambda_at(config: TrainingConfig, step: int, total_steps: int) -> float:
     """Share of quantisation in the forward pass: rises linearly to 1 over the quantisation warm-up."""
-    warmup_steps = math.ceil(config.quant_warmup_ratio * total_steps)
+    warmup_steps = share_of_steps(config.quant_warmup_ratio, total_steps)
     return 1.0 if step >= warmup_steps else step / warmup_steps
 
 
@@ -82,9 +87,9 @@ def soft_temperature_at(config: TrainingConfig, step: int, total_steps: int) -> 
 
 def activations_are_int4(config: TrainingConfig, step: int, total_steps: int) -> bool:
     """Whether optimizer step ``step`` (0-based) belongs to the tail in which activations have 4 bits."""
-    return step >= total_steps - math.ceil(config.int4_activations_ratio * total_steps)
+    return step >= total_steps - share_of_steps(config.int4_activations_ratio, total_steps)
 
 
 def codes_are_frozen(config: TrainingConfig, step: int, total_steps: int) -> bool:
     """Whether optimizer step ``step`` (0-based) belongs to the tail in which the latents of ternary weights stay."""
-    return step >= total_steps - math.ceil(config.freeze_codes_ratio * total_steps)
+    return step >= total_steps - share_of_steps(config.freeze_codes_ratio, total_steps)

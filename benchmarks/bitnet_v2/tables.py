@@ -1,0 +1,145 @@
+"""The tables of docs/bitnet_v2.md, from the records of study.py, post_training.py and outliers.py.
+
+python benchmarks/bitnet_v2/tables.py            prints them
+python benchmarks/bitnet_v2/tables.py --write    puts them between their marks
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from study import STATES, VARIANTS
+
+ROOT = Path(__file__).parent
+PAGE = ROOT.parent.parent / "docs" / "bitnet_v2.md"
+MARK = "<!-- {}: benchmarks/bitnet_v2/tables.py -->"
+NOTHING = "Nothing is on file yet."
+REFERENCE = "b158"
+
+Record = dict[str, Any]
+
+
+def read_records(pattern: str) -> list[Record]:
+    """Records whose path under this folder matches."""
+    return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob(pattern))]
+
+
+def mean_sd(values: Sequence[float], digits: int) -> str:
+    """``mean ± sample standard deviation``; the value where there is one."""
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown; the first column is text, the others figures."""
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def by_variant(records: Sequence[Record]) -> dict[str, dict[int, Record]]:
+    """Records by variant, in the study's order, and seed."""
+    found = {name: {r["seed"]: r for r in records if r["variant"] == name} for name in VARIANTS}
+    return {name: of_seeds for name, of_seeds in found.items() if of_seeds}
+
+
+def from_scratch(records: Sequence[Record]) -> str:
+    """Perplexity and accuracy of every variant, and differences to b1.58 within a seed."""
+    found = by_variant(records)
+    rows = []
+    for name, runs in found.items():
+        perplexity = {seed: r["perplexity"]["as trained"] for seed, r in runs.items()}
+        reference = found.get(REFERENCE, {})
+        shared = [seed for seed in runs if seed in reference and name != REFERENCE]
+        gaps = [perplexity[s] - reference[s]["perplexity"]["as trained"] for s in shared]
+        rows.append(
+            [
+                name,
+                ", ".join(map(str, runs)),
+                mean_sd(list(perplexity.values()), 2),
+                mean_sd(gaps, 2) if gaps else "",
+                mean_sd([100 * r["sst2"]["as trained"] for r in runs.values()], 2),
+            ]
+        )
+    head = ["model", "seeds", "held-out perplexity", f"beside {REFERENCE}, same seed", "SST-2, %"]
+    return table(head, rows) if rows else NOTHING
+
+
+def low_bit_states(records: Sequence[Record]) -> str:
+    """Perplexity and accuracy with attention states of few bits, which nobody trained."""
+    names = ["as trained", *STATES]
+    rows = []
+    for name, runs in by_variant(records).items():
+        measures: dict[str, Callable[[Record, str], float]] = {
+            f"{name}, perplexity": lambda r, state: r["perplexity"][state],
+            f"{name}, SST-2": lambda r, state: 100 * r["sst2"][state],
+        }
+        for label, value in measures.items():
+            rows.append([label, *(mean_sd([value(r, state) for r in runs.values()], 2) for state in names)])
+    return table(["model", *names], rows) if rows else NOTHING
+
+
+def post_training(records: Sequence[Record]) -> str:
+    """Perplexity of 4-bit activations after training."""
+    if not records:
+        return NOTHING
+    rows = [
+        [name, mean_sd([r["rows"][name]["perplexity"] for r in records], 2)] for name in records[0]["rows"]
+    ]
+    return table(["weights of 1.58 bits", "held-out perplexity"], rows)
+
+
+def outliers(records: Sequence[Record]) -> str:
+    """Perplexity by the outliers' factor."""
+    if not records:
+        return NOTHING
+    kinds = list(dict.fromkeys((row["bits"], row["hadamard"]) for row in records[0]["rows"]))
+    found: dict[tuple[float, int, bool], list[float]] = {}
+    for row in (row for record in records for row in record["rows"]):
+        found.setdefault((row["factor"], row["bits"], row["hadamard"]), []).append(row["perplexity"])
+    names = [f"A{bits}{', Hadamard' if hadamard else ''}" for bits, hadamard in kinds]
+    factors = list(dict.fromkeys(factor for factor, _, _ in found))
+    rows = [[f"x {factor:g}", *(mean_sd(found[factor, *kind], 2) for kind in kinds)] for factor in factors]
+    return table(["outliers", *names], rows)
+
+
+def tables() -> dict[str, str]:
+    """All tables by the names of their marks."""
+    records = read_records("records/*.json")
+    return {
+        "from scratch": from_scratch(records),
+        "low-bit states": low_bit_states(records),
+        "post-training": post_training(read_records("post_training/*.json")),
+        "outliers": outliers(read_records("outliers/*.json")),
+    }
+
+
+def with_table(text: str, name: str, body: str) -> str:
+    """``text`` with a table between its marks."""
+    start, end = MARK.format(name), MARK.format(f"end of {name}")
+    before, found, rest = text.partition(start)
+    _, closed, after = rest.partition(end)
+    if not (found and closed):
+        raise SystemExit(f"{PAGE} has no marks {start} and {end}")
+    return f"{before}{start}\n{body}\n{end}{after}"
+
+
+def main() -> None:
+    """Print the tables, or write them."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--write", action="store_true")
+    found = tables()
+    if not parser.parse_args().write:
+        print(*(f"{name}\n\n{body}" for name, body in found.items()), sep="\n\n")
+        return
+    text = PAGE.read_text(encoding="utf-8")
+    for name, body in found.items():
+        text = with_table(text, name, body)
+    PAGE.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
