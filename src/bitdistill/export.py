@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from .checkpoint import RUN_FILE, read_run, write_json, write_text
 from .errors import CheckpointError, ConfigError
 from .forms import FORMS, Form, plain_tensor, table_tensors
-from .layout import FORMAT_VERSION, FORMAT_VERSION_V2, LAYOUT, pack, packed_shape
+from .layout import LAYOUT, pack, packed_shape, version_needed
 from .model import BitLinear
 from .model.quant import ternarize
 from .model_card import model_card
@@ -261,15 +261,15 @@ def _config(model: PreTrainedModel) -> dict[str, Any]:
         later = {key: value for key, value in states.items() if value != 16}
         later |= {"hadamard": dict(specs[0].hadamard)} if specs[0].hadamard else {}
     config["model_type"] = model.config.model_type
-    config["packed"] = {
-        "format_version": FORMAT_VERSION_V2 if later or bits != 8 else FORMAT_VERSION,
+    packed = {
         "layout": LAYOUT,
         "granularity": granularity,
         "block_size": specs[0].block_size if granularity == "block" else None,
         "activation_bits": bits,
         "activation_rounding": specs[0].rounding if specs else "multiply",
+        **later,
     }
-    config["packed"] |= later
+    config["packed"] = {"format_version": version_needed(packed), **packed}
     return config
 
 

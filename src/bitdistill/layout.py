@@ -5,6 +5,9 @@
 The canonical, portable order of packed files, in numpy. The engine's own decoders are tested against this one.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -24,6 +27,17 @@ LANE = 4
 """Bytes, and so consecutive features, that meet in one four-way dot product."""
 MAX_BYTE = 3**TRITS - 1
 _POWERS = np.array([3**p for p in range(TRITS)], dtype=np.uint8)
+
+
+def version_needed(packed: Mapping[str, Any]) -> int:
+    """The version of a file whose config has this ``packed`` section: the first whose readers know all of it."""
+    return FORMAT_VERSION_V2 if later_settings(packed) else FORMAT_VERSION
+
+
+def later_settings(packed: Mapping[str, Any]) -> list[str]:
+    """Keys of a ``packed`` section that a reader of version 1 would leave out."""
+    later = [key for key in ("query_bits", "kv_bits", "hadamard") if key in packed]
+    return [*later, "activation_bits"] if packed.get("activation_bits", 8) != 8 else later
 
 
 def packed_shape(rows: int, columns: int, block_size: int | None = None) -> tuple[int, int, int, int]:

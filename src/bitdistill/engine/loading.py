@@ -6,7 +6,8 @@ from typing import Any, Literal
 
 from .. import _core
 from ..errors import CheckpointError, EngineError
-from ..packed import FORMAT_VERSION, WEIGHTS_FILE, Entry, read_header, read_json_object, read_packed_config
+from ..layout import FORMAT_VERSION, later_settings
+from ..packed import WEIGHTS_FILE, Entry, read_header, read_json_object, read_packed_config
 from .families import FAMILIES, activation, check_settings, core_name, layer_settings
 
 _SIZES = (
@@ -184,10 +185,7 @@ def _bitnet_v2(packed: dict[str, Any]) -> dict[str, Any]:
     blocks = packed.get("hadamard", {})
     if not isinstance(blocks, dict) or not all(type(block) is int and block > 0 for block in blocks.values()):
         raise ValueError(f"packed.hadamard = {blocks!r}: expected sites with the sizes of their blocks")
-    later: list[str] = [key for key in ("query_bits", "kv_bits", "hadamard") if key in packed]
-    if settings["activation_bits"] != 8:
-        later.append("activation_bits")
-    if packed.get("format_version") == FORMAT_VERSION and later:
+    if packed.get("format_version") == FORMAT_VERSION and (later := later_settings(packed)):
         raise ValueError(f"packed.{later[0]} = {packed[later[0]]!r}: format_version 1 has no such setting")
     return settings | {"hadamard": blocks}
 

@@ -12,7 +12,7 @@ from .. import _core
 from ..config import SHAPE
 from ..config.presets import BASE_PRESETS
 from ..errors import ConfigError
-from ..layout import FORMAT_VERSION, FORMAT_VERSION_V2, INT4_ROWS, LAYOUT, int4_shape, packed_shape
+from ..layout import INT4_ROWS, LAYOUT, int4_shape, packed_shape, version_needed
 from ..packed import CONFIG_FILE, ELEMENT_BYTES, WEIGHTS_FILE, PackedTensor, write_tensors
 from .loading import decoder_config, linear_shapes
 
@@ -126,8 +126,8 @@ def write_random(folder: Path, shape: dict[str, Any], head: str) -> Path:
         return PackedTensor(name, dtype, size, load)
 
     folder.mkdir(parents=True)
-    write_tensors(folder / WEIGHTS_FILE, [made(*tensor) for tensor in _tensors(shape, head)])
-    version = FORMAT_VERSION_V2 if shape["packed"]["activation_bits"] != 8 else FORMAT_VERSION
+    version = version_needed(shape["packed"])
+    write_tensors(folder / WEIGHTS_FILE, [made(*tensor) for tensor in _tensors(shape, head)], version)
     packed = shape["packed"] | {"format_version": version}
     (folder / CONFIG_FILE).write_text(json.dumps(shape | {"packed": packed}))
     return folder

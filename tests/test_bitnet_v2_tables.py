@@ -1,0 +1,74 @@
+"""The tables of docs/bitnet_v2.md are those of the records, and say what the records say."""
+
+from typing import Any
+
+import pytest
+import tables
+
+
+def model(variant: str, seed: int, perplexity: float, sst2: float) -> dict[str, Any]:
+    """A record of study.py; four-bit states cost a tenth in perplexity and a point in accuracy."""
+    states = {"as trained": (perplexity, sst2)} | dict.fromkeys(
+        tables.STATES, (1.1 * perplexity, sst2 - 0.01)
+    )
+    return {
+        "variant": variant,
+        "seed": seed,
+        "perplexity": {name: worse[0] for name, worse in states.items()},
+        "sst2": {name: worse[1] for name, worse in states.items()},
+    }
+
+
+def cells(table: str) -> list[list[str]]:
+    """Its lines below the head."""
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[2:]]
+
+
+def test_the_tables_in_the_docs_are_those_of_the_records() -> None:
+    text = tables.PAGE.read_text(encoding="utf-8")
+    for name, body in tables.tables().items():
+        assert tables.with_table(text, name, body) == text, (
+            "run python benchmarks/bitnet_v2/tables.py --write"
+        )
+
+
+def test_differences_are_within_seeds() -> None:
+    """A seed that the reference has not run gives no difference; the order is the study's."""
+    records = [model("v2-a4", seed, 80.0 + 3 * seed, 0.75) for seed in (0, 1, 2)]
+    records += [model("b158", 0, 79.0, 0.76), model("b158", 1, 80.0, 0.78)]
+    assert cells(tables.from_scratch(records)) == [
+        ["b158", "0, 1", "79.50 ± 0.71", "", "77.00 ± 1.41"],
+        ["v2-a4", "0, 1, 2", "83.00 ± 3.00", "2.00 ± 1.41", "75.00 ± 0.00"],
+    ]
+
+
+def test_states_have_a_column_each() -> None:
+    found = cells(tables.low_bit_states([model("a4.8", 0, 100.0, 0.5)]))
+    assert found == [
+        ["a4.8, perplexity", "100.00", "110.00", "110.00", "110.00"],
+        ["a4.8, SST-2", "50.00", "49.00", "49.00", "49.00"],
+    ]
+
+
+def test_outliers_are_averaged_over_seeds_by_factor_and_form() -> None:
+    def record(first: float) -> dict[str, Any]:
+        forms = [(1, 16, False), (1, 4, True), (8, 16, False), (8, 4, True)]
+        return {
+            "rows": [
+                {"factor": factor, "bits": bits, "hadamard": hadamard, "perplexity": first + i}
+                for i, (factor, bits, hadamard) in enumerate(forms)
+            ]
+        }
+
+    table = tables.outliers([record(10.0), record(12.0)])
+    assert table.splitlines()[0] == "| outliers | A16 | A4, Hadamard |"
+    assert cells(table) == [["x 1", "11.00 ± 1.41", "12.00 ± 1.41"], ["x 8", "13.00 ± 1.41", "14.00 ± 1.41"]]
+
+
+def test_nothing_on_file_is_said() -> None:
+    assert {tables.from_scratch([]), tables.low_bit_states([]), tables.outliers([])} == {tables.NOTHING}
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(SystemExit, match="no marks"):
+        tables.with_table("text", "outliers", "body")
