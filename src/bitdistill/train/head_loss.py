@@ -25,8 +25,8 @@ from torch.utils.checkpoint import checkpoint
 BLOCK_TOKENS = 512
 """Tokens whose logits exist together; fewer would read W and write dW more often than products hide."""
 
-ROWS_LOGITS = 1 << 22
-"""Logits that the losses see together. Their temporaries are several times as large."""
+ROWS_LOGITS = 1 << 20
+"""Logits that the losses see together. Their temporaries are several times as large: small enough for a cache."""
 
 BLOCK_WEIGHTS = 1 << 24
 """Elements of dW whose bf16 product exists before it is added in fp32."""
