@@ -3,14 +3,19 @@
     python benchmarks/bitnet_v2/study.py --seed 0            # resumable; one process for each seed or variant
     python benchmarks/bitnet_v2/study.py --seed 0 --variant v2-a8 v2-a4
 
+A variant whose 4 bits come in the last 5 % is the one with 8 bits up to there: it goes on from a copy of that one's
+checkpoint, optimizer state and all, where that one was trained in the same call.
+
 Of every model: held-out perplexity (also with attention states of few bits, which it was not trained with), accuracy
 on SST-2 after a fine-tune, and the curve of its held-out loss. Needs data/ (benchmarks/real_input/prepare.py).
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +36,10 @@ VARIANTS = {
     "v2-a4-throughout": ["base.int4_activations_ratio=1"],
 }
 """Settings of the recipe by variant; the recipe itself is v2-a4."""
+TAIL_OF = {"b158": "b158-a4", "v2-a8": "v2-a4"}
+"""A variant with 8 bits -> the one that leaves it at SWITCH."""
+TAIL, SWITCH = 0.05, 2850
+"""Share of the steps with 4 bits, and the step that they begin at."""
 STATES = {
     "4-bit KV": ["--kv-bits", "4"],
     "4-bit QKV": ["--query-bits", "4", "--kv-bits", "4"],
@@ -43,11 +52,53 @@ class Failed(Exception):
     """A verb of a variant ended with an error."""
 
 
+def command(*words: object) -> list[str]:
+    """A verb of the command line."""
+    return [sys.executable, "-m", "bitdistill", *map(str, words)]
+
+
 def bitdistill(*words: object) -> None:
-    """Run a verb of the command line."""
-    command = [sys.executable, "-m", "bitdistill", *map(str, words)]
-    if subprocess.run(command, check=False).returncode:
-        raise Failed(" ".join(command[2:]))
+    """Run a verb to its end."""
+    if subprocess.run(command(*words), check=False).returncode:
+        raise Failed(" ".join(map(str, words)))
+
+
+def pretrain(folder: Path, settings: list[str], tail: Path | None) -> None:
+    """Train a base; ``tail``, the folder of the variant that leaves it, gets its checkpoint at SWITCH."""
+    shards = folder / "shards"  # the tokenised text is the same for all
+    if not shards.is_symlink():
+        (RUNS / "shards").mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
+        shards.symlink_to(Path("..") / "shards", target_is_directory=True)
+    words = ("base", RECIPE, *settings)
+    process = subprocess.Popen(command(*words))
+    while process.poll() is None:
+        time.sleep(1)
+        if tail is not None and hand_over(folder / "base.partial", tail / "base.partial"):
+            tail = None
+    if process.returncode:
+        raise Failed(" ".join(words))
+
+
+def hand_over(source: Path, target: Path) -> bool:
+    """Copy an unfinished base's checkpoint at SWITCH and its log to where another goes on; whether it is there."""
+    checkpoint = Path("trainer") / f"checkpoint-{SWITCH}"
+    if (target / checkpoint).exists() or target.with_suffix("").exists():
+        return True
+    try:  # Trainer writes its state last
+        json.loads((source / checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    run = json.loads((source / "run.json").read_text(encoding="utf-8"))
+    run["settings"]["training"]["int4_activations_ratio"] = TAIL  # all else is compared when the tail begins
+    shutil.rmtree(target, ignore_errors=True)
+    (target / "trainer").mkdir(parents=True)
+    write_json(target / "run.json", run)
+    shutil.copy(source / "metrics.jsonl", target)
+    half = target / "trainer" / "copying"
+    shutil.copytree(source / checkpoint, half)
+    half.rename(target / checkpoint)
+    return True
 
 
 def judged(path: Path, *words: object) -> dict[str, Any]:
@@ -65,11 +116,13 @@ def heldout_curve(folder: Path) -> dict[str, list[float]]:
 
 def record(variant: str, seed: int, changes: list[str]) -> dict[str, Any]:
     """Train and judge one model."""
-    name = f"{variant}_s{seed}"
-    settings = [word for value in (f"name={name}", f"seed={seed}", *changes) for word in ("--set", value)]
-    folder = RUNS / name
+    settings = [
+        word for value in (f"name={variant}_s{seed}", f"seed={seed}", *changes) for word in ("--set", value)
+    ]
+    folder = RUNS / f"{variant}_s{seed}"
+    tail = TAIL_OF.get(variant)
     base, tuned = folder / "base", folder / "sst2"
-    bitdistill("base", RECIPE, *settings)
+    pretrain(folder, settings, RUNS / f"{tail}_s{seed}" if tail else None)
     perplexity = {"as trained": judged(folder / "perplexity.json", RECIPE, base, "--perplexity", *settings)}
     for name, words in STATES.items():
         path = folder / f"perplexity {name}.json"

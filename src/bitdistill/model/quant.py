@@ -11,6 +11,8 @@ attention states  (BitNet v2)       step = max|x| / (2^(b-1) - 1), code = clip(r
 
 learned weights   (LSQ, arXiv 1902.08153) scale is a parameter, code as above; gradients of eq. 3 and 5
 
+Operations are in place where their operand is fresh: on large tensors fresh memory costs more than arithmetic.
+
 ``round`` is to nearest, ties to even: a weight of exactly half the scale becomes 0. The codes above are those of
 ``rounding = "divide"``. ``"multiply"`` is Hugging Face's BitNet to the last bit: round(x * (1 / scale)), with the
 reciprocal rounded first; the two differ in ties only.
@@ -98,9 +100,9 @@ def ternarize(
     scale = weight_scale(latent, granularity, block_size) if scale is None else scale.float().clamp(min=EPS)
     if rounding == "multiply":
         factor = 1.0 / scale
-        code = (latent.float() * expand_scale(factor, latent.shape[1], block_size)).round().clamp(-1, 1)
+        code = (latent.float() * expand_scale(factor, latent.shape[1], block_size)).round_().clamp_(-1, 1)
         return code, 1.0 / factor
-    code = (latent.float() / expand_scale(scale, latent.shape[1], block_size)).round().clamp(-1, 1)
+    code = (latent.float() / expand_scale(scale, latent.shape[1], block_size)).round_().clamp_(-1, 1)
     return code, scale
 
 
@@ -113,14 +115,14 @@ def quantize_int8(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     scale = x.abs().amax(dim=-1, keepdim=True).clamp(min=EPS) / 127
-    return (x / scale).round().clamp(-128, 127), scale
+    return (x / scale).round_().clamp_(-128, 127), scale
 
 
 def quantize_int4(x: Tensor) -> tuple[Tensor, Tensor]:
     """Absmean INT4 codes per token (BitNet v2, eq. 5); fp32 integers in [-8, 7] and scale ``[..., 1]``."""
     x = x.float()
     scale = x.abs().mean(dim=-1, keepdim=True).clamp(min=EPS) / math.sqrt(7)
-    return (x / scale).round().clamp(-8, 7), scale
+    return (x / scale).round_().clamp_(-8, 7), scale
 
 
 def quantize_state(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
@@ -134,7 +136,7 @@ def quantize_state(x: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     zero = 2 ** (bits - 1)
     step = x.abs().amax(dim=-1, keepdim=True) / (zero - 1)
     step = torch.where(step == 0, 1.0, step)
-    return ((x / step).round() + zero).clamp(0, 2 * zero - 1), step
+    return (x / step).round_().add_(zero).clamp_(0, 2 * zero - 1), step
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -169,7 +171,7 @@ class _LearnedStep(torch.autograd.Function):
         ctx.save_for_backward(latent, scale)
         ctx.block_size = block_size
         code, step = ternarize(latent, block_size=block_size, scale=scale)
-        return (code * expand_scale(step, latent.shape[1], block_size)).to(latent.dtype)
+        return code.mul_(expand_scale(step, latent.shape[1], block_size)).to(latent.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
@@ -205,7 +207,7 @@ def fake_quantize_weight(
         return learned if quant_lambda == 1.0 else torch.lerp(latent, learned, quant_lambda)
     with torch.no_grad():
         code, scale = ternarize(latent, granularity, block_size, rounding)
-        quantized = (code * expand_scale(scale, latent.shape[1], block_size)).to(latent.dtype)
+        quantized = code.mul_(expand_scale(scale, latent.shape[1], block_size)).to(latent.dtype)
         if quant_lambda != 1.0:
             quantized = torch.lerp(latent, quantized, quant_lambda)
     return straight_through(latent, quantized)
@@ -285,10 +287,10 @@ def fake_quantize_activation(
     with torch.no_grad():
         if bits == 8 and rounding == "multiply":
             factor = 127 / x.float().abs().amax(dim=-1, keepdim=True).clamp(min=EPS)
-            quantized = ((x.float() * factor).round().clamp(-128, 127) / factor).to(x.dtype)
+            quantized = (x.float() * factor).round_().clamp_(-128, 127).div_(factor).to(x.dtype)
         else:
             code, scale = quantize_int8(x) if bits == 8 else quantize_int4(x)
-            quantized = (code * scale).to(x.dtype)
+            quantized = code.mul_(scale).to(x.dtype)
         if kept_share < 1.0:
             quantized = torch.where(is_among_largest(x, kept_share), quantized, 0.0)
         if quant_lambda != 1.0:
@@ -300,5 +302,5 @@ def fake_quantize_state(x: Tensor, bits: int) -> Tensor:
     """What the codes of ``quantize_state`` stand for, straight-through, in the input's dtype."""
     with torch.no_grad():
         code, step = quantize_state(x, bits)
-        quantized = ((code - 2 ** (bits - 1)) * step).to(x.dtype)
+        quantized = code.sub_(2 ** (bits - 1)).mul_(step).to(x.dtype)
     return straight_through(x, quantized)
