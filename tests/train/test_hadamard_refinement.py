@@ -46,6 +46,15 @@ def test_a_folded_transform_keeps_the_function_in_float64(make_model, family):
         torch.testing.assert_close(student(some_ids()).logits, model(some_ids()).logits, rtol=0, atol=1e-4)
 
 
+def test_attention_states_have_no_bits_either_while_quantisers_are_off(make_model):
+    model = make_model("llama")
+    student, _ = refine(model, TernarySpec(norm_sites="none", query_bits=4, kv_bits=3))
+    quantised = student(some_ids()).logits
+    with quantisers_off(student):
+        torch.testing.assert_close(student(some_ids()).logits, model(some_ids()).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(student(some_ids()).logits, quantised, rtol=0, atol=0)
+
+
 def test_an_encoders_function_is_kept_as_well():
     model = small_encoder("BertForMaskedLM").eval()
     student, _ = refine(model, TernarySpec(norm_sites="none", hadamard=SITES))

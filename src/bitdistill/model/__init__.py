@@ -7,7 +7,7 @@ every student checkpoint.
 from .families import FAMILIES, Family, ends_in, family_of, find_family
 from .hadamard import HADAMARD_SITES
 from .layers import BitLinear, SubLN, TernarySpec
-from .low_bit_states import KV_BITS, QUERY_BITS, quantize_states
+from .low_bit_states import KV_BITS, QUERY_BITS, UNQUANTISED, quantize_states
 from .students import STUDENT_CLASSES, register_students, student_class
 
 register_students()
@@ -18,6 +18,7 @@ __all__ = [
     "KV_BITS",
     "QUERY_BITS",
     "STUDENT_CLASSES",
+    "UNQUANTISED",
     "BitLinear",
     "Family",
     "SubLN",

@@ -23,6 +23,8 @@ from .quant import fake_quantize_state
 
 QUERY_BITS = (16, 8, 4)
 KV_BITS = (16, 8, 4, 3)
+UNQUANTISED = (16, 16)
+"""``state_bits`` of an attention whose queries, and keys and values, are left alone."""
 START_BITS = 8
 """Bits of the first token's keys and values."""
 
@@ -44,7 +46,7 @@ def quantize_states(model: PreTrainedModel, query_bits: int, kv_bits: int) -> No
             raise ValueError(f"{name} = {bits!r}: use one of {', '.join(map(str, allowed))}")
     decoder = model.base_model
     layers = [m for m in decoder.modules() if hasattr(m, "layer_idx") and hasattr(m, "q_proj")]
-    is_low = (query_bits, kv_bits) != (16, 16)
+    is_low = (query_bits, kv_bits) != UNQUANTISED
     if is_low and not (layers and all(map(_is_dispatched, layers))):
         raise ValueError(
             f"query_bits = {query_bits}, kv_bits = {kv_bits}: {type(model).__name__} has no causal attention that "

@@ -17,7 +17,7 @@ from ..config import Recipe
 from ..data.corpus import PackedSequences, build_shards, collate_packed
 from ..data.masked import FramedSequences
 from ..errors import SurgeryError
-from ..model import BitLinear
+from ..model import UNQUANTISED, BitLinear
 
 CALIBRATION_BATCH = 8
 
@@ -102,16 +102,22 @@ class Call:
 @contextmanager
 def quantisers_off(module: nn.Module) -> Iterator[None]:
     """Inside, every BitLinear of ``module`` is a full-precision linear behind its norm and transform: its latents, its
-    input."""
+    input. Queries, keys and values are what they are."""
     layers = [m for m in module.modules() if isinstance(m, BitLinear)]
     before = [(m.training, m.quant_lambda) for m in layers]
+    attentions = [m for m in module.modules() if hasattr(m, "state_bits")]
+    bits = [m.state_bits for m in attentions]
     for layer in layers:
         layer.training, layer.quant_lambda = True, 0.0
+    for attention in attentions:
+        attention.state_bits = UNQUANTISED  # type: ignore[assignment]
     try:
         yield
     finally:
         for layer, (training, quant_lambda) in zip(layers, before, strict=True):
             layer.training, layer.quant_lambda = training, quant_lambda
+        for attention, state_bits in zip(attentions, bits, strict=True):
+            attention.state_bits = state_bits
 
 
 @contextmanager
