@@ -170,7 +170,8 @@ nb::object ternary_linear(const ArrayIn<uint8_t, 4>& packed, const ArrayIn<float
     const nb::gil_scoped_release release;
     ThreadPool pool(threads);
     pool.run([&](Worker& worker) {
-      linear_rows(room, linear, codes.input, worker.share(m.row_blocks()), data, rows, false);
+      linear_rows(room, linear, codes.input, {worker.share(m.row_blocks()), {0, codes.input.tokens}}, data, rows,
+                  false);
     });
   }
   return out.cast();

@@ -124,11 +124,25 @@ void tap_states(Workspace& work, const std::string& name, const float* rows, siz
   tap.shape = {tap.floats.size() / width, width};
 }
 
-// Row blocks of a chunk: few enough that every thread takes several, at most what one gemv runs through. Tables are
-// made anew for every chunk of rows: where products are looked up, a thread takes as many rows as it gets.
-size_t blocks_dealt(const Worker& worker, size_t blocks, bool looked_up) {
-  if (looked_up) return std::clamp<size_t>(round_up(ceil_div(blocks, worker.count()), 2), 1, kLookupBlocks);
-  return std::clamp<size_t>(blocks / (4 * worker.count()), 1, kGemvBlocks);
+// Calls body(Piece) until all row blocks of all tokens are taken. Every thread takes several pieces of all tokens, each
+// at most what one gemv runs through. Tables are made for every piece: where products are looked up, its rows are as
+// many as a table serves, and tokens are divided first.
+template <class Body>
+void deal_pieces(Worker& worker, size_t blocks, size_t tokens, bool looked_up, Body&& body) {
+  const size_t threads = worker.count();
+  if (!looked_up) {
+    worker.deal(blocks, std::clamp<size_t>(blocks / (4 * threads), 1, kGemvBlocks),
+                [&](Range part) { body(Piece{part, {0, tokens}}); });
+    return;
+  }
+  const size_t most = std::max<size_t>(1, tokens / kLeastLookedUp);
+  const size_t parts = std::min(round_up(ceil_div(tokens, kLookupTokens), threads), most);
+  const size_t rows = std::min(kLookupBlocks, round_up(ceil_div(blocks * parts, threads), 2));
+  const auto begin_of = [&](size_t part) { return part == parts ? tokens : tokens * part / parts / 2 * 2; };
+  worker.deal(ceil_div(blocks, rows) * parts, 1, [&](Range item) {
+    const size_t first = item.begin / parts * rows, part = item.begin % parts;
+    body(Piece{{first, std::min(blocks, first + rows)}, {begin_of(part), begin_of(part + 1)}});
+  });
 }
 
 // state += linear(input), or norm(linear(input)) in families that norm what they add. Ends with a barrier.
@@ -137,8 +151,8 @@ void add_to_state(const Model& model, const Linear& linear, const float* norm, c
   const size_t blocks = linear.padded_rows() / kRowBlock;
   float* out = norm == nullptr ? state : work.addend.data();
   const bool looked_up = is_looked_up(model.room(), linear, input);
-  worker.deal(blocks, blocks_dealt(worker, blocks, looked_up), [&](Range part) {
-    linear_rows(model.room(), linear, input, part, out, work.state_stride, norm == nullptr);
+  deal_pieces(worker, blocks, input.tokens, looked_up, [&](Piece piece) {
+    linear_rows(model.room(), linear, input, piece, out, work.state_stride, norm == nullptr);
   });
   worker.barrier();
   if (norm == nullptr) return;
@@ -163,15 +177,17 @@ void project_qkv(const Model& model, const Layer& layer, const LayerPass& pass, 
   const size_t places[] = {0, work.query_stride, work.query_stride + work.key_stride};
   size_t total = 0;
   for (size_t i = first_part; i < 3; ++i) total += parts[i]->padded_rows() / kRowBlock;
-  const bool looked_up = is_looked_up(model.room(), layer.v_proj, pass.input(2));
-  worker.deal(total, blocks_dealt(worker, total, looked_up), [&](Range part) {
+  const auto is_up = [&](size_t i) { return is_looked_up(model.room(), *parts[i], pass.input(i)); };
+  const bool looked_up = (!queries || is_up(0)) && is_up(1) && is_up(2);
+  deal_pieces(worker, total, pass.input(2).tokens, looked_up, [&](Piece piece) {
     size_t before = 0;
     for (size_t i = first_part; i < 3; ++i) {
       const size_t blocks = parts[i]->padded_rows() / kRowBlock;
-      const size_t begin = std::clamp(part.begin, before, before + blocks) - before;
-      const size_t end = std::clamp(part.end, before, before + blocks) - before;
+      const size_t begin = std::clamp(piece.blocks.begin, before, before + blocks) - before;
+      const size_t end = std::clamp(piece.blocks.end, before, before + blocks) - before;
       if (begin < end) {
-        linear_rows(model.room(), *parts[i], pass.input(i), {begin, end}, work.qkv.data() + places[i], stride, false);
+        linear_rows(model.room(), *parts[i], pass.input(i), {{begin, end}, piece.tokens}, work.qkv.data() + places[i],
+                    stride, false);
       }
       before += blocks;
     }
@@ -252,9 +268,10 @@ void run_layer(const Model& model, size_t index, Chunk chunk, float* state, Work
   pass.prepare(state, work.state_stride, layer.mlp_norm, reads_mlp);
   work.end(Phase::norm, worker);
   const size_t hidden_blocks = ceil_div(config.intermediate_size, kRowBlock);
-  const bool looked_up = is_looked_up(model.room(), layer.up_proj, pass.input(1));
-  worker.deal(hidden_blocks, blocks_dealt(worker, hidden_blocks, looked_up), [&](Range part) {
-    gated_rows(model.room(), config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), part,
+  const bool looked_up = is_looked_up(model.room(), layer.gate_proj, pass.input(0)) &&
+                         is_looked_up(model.room(), layer.up_proj, pass.input(1));
+  deal_pieces(worker, hidden_blocks, pass.input(0).tokens, looked_up, [&](Piece piece) {
+    gated_rows(model.room(), config.hidden_act, layer.gate_proj, pass.input(0), layer.up_proj, pass.input(1), piece,
                work.hidden.data(), work.hidden_stride);
   });
   worker.barrier();

@@ -75,17 +75,14 @@ void each_block(Range blocks, size_t block_bytes, const Input& input, Body&& bod
   }
 }
 
-// Fewer tokens do not pay for their tables.
-constexpr size_t kLeastLookedUp = 16;
-
 // Calls body(row_block, row_blocks, first, tokens, dot, dot_stride) with products of many rows and tokens at a time.
 template <class Body>
-void each_looked_up(const KernelTable& room, const TernaryMatrix& m, const Input& input, Range blocks, Body&& body) {
+void each_looked_up(const KernelTable& room, const TernaryMatrix& m, const Input& input, Piece piece, Body&& body) {
   const size_t code_stride = input.shape.stride();
-  for (size_t b = blocks.begin; b < blocks.end; b += kLookupBlocks) {
-    const size_t count = std::min(kLookupBlocks, blocks.end - b), width = round_up(count, 2) * kRowBlock;
-    for (size_t first = 0; first < input.tokens; first += kLookupTokens) {
-      const size_t tokens = std::min(kLookupTokens, input.tokens - first);
+  for (size_t b = piece.blocks.begin; b < piece.blocks.end; b += kLookupBlocks) {
+    const size_t count = std::min(kLookupBlocks, piece.blocks.end - b), width = round_up(count, 2) * kRowBlock;
+    for (size_t first = piece.tokens.begin; first < piece.tokens.end; first += kLookupTokens) {
+      const size_t tokens = std::min(kLookupTokens, piece.tokens.end - first);
       int32_t* dot = input.lookup->dot.data();
       room.gemm_int4(m.data + b * m.stride(), count, m.stride(), m.groups, input.code + first * code_stride,
                      code_stride, tokens, input.lookup->scratch.data(), dot, width);
@@ -171,10 +168,10 @@ bool is_looked_up(const KernelTable& room, const Linear& linear, const Input& in
          linear.ternary.segments == 1;
 }
 
-void linear_rows(const KernelTable& room, const Linear& linear, const Input& input, Range blocks, float* out,
+void linear_rows(const KernelTable& room, const Linear& linear, const Input& input, Piece piece, float* out,
                  size_t out_stride, bool accumulate) {
   if (is_looked_up(room, linear, input)) {
-    each_looked_up(room, linear.ternary, input, blocks,
+    each_looked_up(room, linear.ternary, input, piece,
                    [&](size_t b, size_t count, size_t first, size_t tokens, const int32_t* dot, size_t dot_stride) {
                      for (size_t t = 0; t < tokens; ++t) {
                        for (size_t i = 0; i < count; ++i) {
@@ -185,23 +182,23 @@ void linear_rows(const KernelTable& room, const Linear& linear, const Input& inp
                    });
     return;
   }
-  each_block(blocks, block_bytes(linear), input, [&](size_t b, size_t count, size_t first, size_t tokens) {
+  each_block(piece.blocks, block_bytes(linear), input, [&](size_t b, size_t count, size_t first, size_t tokens) {
     linear_block(room, linear, input, b, count, first, tokens, out + first * out_stride + b * kRowBlock, out_stride,
                  accumulate);
   });
 }
 
 void gated_rows(const KernelTable& room, Activation activation, const Linear& gate, const Input& gate_input,
-                const Linear& up, const Input& up_input, Range blocks, float* out, size_t out_stride) {
+                const Linear& up, const Input& up_input, Piece piece, float* out, size_t out_stride) {
   if (is_looked_up(room, gate, gate_input) || is_looked_up(room, up, up_input)) {
     // Codes that are looked up were not packed into tiles: each of the two goes its own way, one after the other.
-    linear_rows(room, gate, gate_input, blocks, out, out_stride, false);
+    linear_rows(room, gate, gate_input, piece, out, out_stride, false);
     const auto apply = [&](const float* ups, size_t b, size_t rows, size_t t) {
       float* to = out + t * out_stride + b * kRowBlock;
       room.gate(to, ups, std::min(rows, gate.rows() - b * kRowBlock), activation, to);
     };
     if (is_looked_up(room, up, up_input)) {
-      each_looked_up(room, up.ternary, up_input, blocks,
+      each_looked_up(room, up.ternary, up_input, piece,
                      [&](size_t b, size_t count, size_t first, size_t tokens, const int32_t* dot, size_t dot_stride) {
                        for (size_t t = 0; t < tokens; ++t) {
                          for (size_t i = 0; i < count; ++i) {
@@ -215,7 +212,7 @@ void gated_rows(const KernelTable& room, Activation activation, const Linear& ga
       return;
     }
     alignas(kAlignment) float ups[std::max(kMaxTile, kGemvBlocks) * kRowBlock];
-    each_block(blocks, block_bytes(up), up_input, [&](size_t b, size_t count, size_t first, size_t tokens) {
+    each_block(piece.blocks, block_bytes(up), up_input, [&](size_t b, size_t count, size_t first, size_t tokens) {
       const size_t width = count * kRowBlock;
       linear_block(room, up, up_input, b, count, first, tokens, ups, width, false);
       for (size_t t = 0; t < tokens; ++t) apply(ups + t * width, b, width, first + t);
@@ -225,7 +222,7 @@ void gated_rows(const KernelTable& room, Activation activation, const Linear& ga
   alignas(kAlignment) float gates[std::max(kMaxTile, kGemvBlocks) * kRowBlock];
   alignas(kAlignment) float ups[std::max(kMaxTile, kGemvBlocks) * kRowBlock];
   const size_t bytes = block_bytes(gate) + block_bytes(up);
-  each_block(blocks, bytes, gate_input, [&](size_t b, size_t count, size_t first, size_t tokens) {
+  each_block(piece.blocks, bytes, gate_input, [&](size_t b, size_t count, size_t first, size_t tokens) {
     const size_t width = count * kRowBlock, rows = std::min(width, gate.rows() - b * kRowBlock);
     linear_block(room, gate, gate_input, b, count, first, tokens, gates, width, false);
     linear_block(room, up, up_input, b, count, first, tokens, ups, width, false);

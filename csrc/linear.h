@@ -50,15 +50,22 @@ constexpr size_t kGemvBlocks = 8;
 void linear_block(const KernelTable& room, const Linear& linear, const Input& input, size_t row_block,
                   size_t row_blocks, size_t first, size_t tokens, float* out, size_t out_stride, bool accumulate);
 
+// Fewer tokens do not pay for their tables.
+constexpr size_t kLeastLookedUp = 16;
 // Whether the products of a linear are looked up, which wants many row blocks at a time.
 bool is_looked_up(const KernelTable& room, const Linear& linear, const Input& input);
 
-// All tokens, row blocks [blocks.begin, blocks.end); `out` is the place of row 0.
-void linear_rows(const KernelTable& room, const Linear& linear, const Input& input, Range blocks, float* out,
+// Row blocks [blocks.begin, blocks.end) and tokens of an output: a piece that a thread takes.
+struct Piece {
+  Range blocks, tokens;
+};
+
+// `out` is the place of row 0 and token 0. All tokens, unless products are looked up.
+void linear_rows(const KernelTable& room, const Linear& linear, const Input& input, Piece piece, float* out,
                  size_t out_stride, bool accumulate);
 
-// out = activation(gate(x)) * up(x), all tokens, a range of row blocks; the two products never leave the cache.
+// out = activation(gate(x)) * up(x); the two products never leave the cache. All tokens, unless both are looked up.
 void gated_rows(const KernelTable& room, Activation activation, const Linear& gate, const Input& gate_input,
-                const Linear& up, const Input& up_input, Range blocks, float* out, size_t out_stride);
+                const Linear& up, const Input& up_input, Piece piece, float* out, size_t out_stride);
 
 }  // namespace bitdistill

@@ -19,6 +19,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from bitdistill import Engine, _core
+from bitdistill.engine.shapes import find_shape, random_model
 from bitdistill.errors import CheckpointError
 from bitdistill.export import export
 
@@ -167,3 +168,26 @@ def test_settings_that_no_kernel_runs_are_refused(packed: Path, change_to: dict,
     change(packed, **change_to)
     with pytest.raises(CheckpointError, match=message):
         Engine(packed, threads=1)
+
+
+def test_any_number_of_threads_computes_the_same() -> None:
+    """Threads share rows and tokens out; a look-up takes 64 blocks of 32 rows, here of 70, and 16 tokens or more."""
+    sizes = {
+        "vocab_size": 128,
+        "hidden_size": 64,
+        "intermediate_size": 2240,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+    }
+    shape = find_shape("bitnet-v2-1.3b", 4) | sizes
+    shape["packed"] = shape["packed"] | {"hadamard": {"o_proj": 64, "down_proj": 64}}
+    texts = [np.random.default_rng(n).integers(0, 128, n).astype(np.int32) for n in (15, 16, 17, 47, 265)]
+    found = []
+    for threads in (1, 2, 3, 7, 20):
+        model = random_model(shape, "int8", threads=threads)
+        found.append([_core.Session(model, kv="int4").forward(text, all_positions=True) for text in texts])
+    for other in found[1:]:
+        for expected, got in zip(found[0], other, strict=True):
+            np.testing.assert_array_equal(got, expected)
