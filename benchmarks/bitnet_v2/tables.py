@@ -1,4 +1,4 @@
-"""The tables of docs/bitnet_v2.md, from the records of study.py, post_training.py and outliers.py.
+"""The tables of docs/bitnet_v2.md, from the records of study.py, post_training.py, outliers.py and `bitdistill bench`.
 
 python benchmarks/bitnet_v2/tables.py            prints them
 python benchmarks/bitnet_v2/tables.py --write    puts them between their marks
@@ -22,7 +22,7 @@ REFERENCE = "b158"
 Record = dict[str, Any]
 
 
-def read_records(pattern: str) -> list[Record]:
+def read_records(pattern: str) -> list[Any]:
     """Records whose path under this folder matches."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob(pattern))]
 
@@ -106,6 +106,23 @@ def outliers(records: Sequence[Record]) -> str:
     return table(["outliers", *names], rows)
 
 
+def engine(records: Sequence[Record]) -> str:
+    """Speed with 4-bit activations and keys and values beside 8-bit activations and an fp16 cache."""
+    if not records:
+        return NOTHING
+    rows = []
+    for r in records:
+        versus = r["versus"]
+        what = f"{r['phase']} {r['tokens']}"
+        if "kv_bytes" in versus:
+            share = 100 * r["kv_bytes"] / versus["kv_bytes"]
+            what += f" after {r['context']}, {r['kv']} keys and values ({share:.0f} % of the bytes)"
+        rows.append(
+            [what, str(r["threads"]), f"{r['tok_s']:.0f}", f"{versus['ratio']:.2f}x {versus['name']}"]
+        )
+    return table(["phase, tokens", "threads", "tokens/s", "in turns with"], rows)
+
+
 def tables() -> dict[str, str]:
     """All tables by the names of their marks."""
     records = read_records("records/*.json")
@@ -114,6 +131,7 @@ def tables() -> dict[str, str]:
         "low-bit states": low_bit_states(records),
         "post-training": post_training(read_records("post_training/*.json")),
         "outliers": outliers(read_records("outliers/*.json")),
+        "engine": engine([record for file in read_records("engine/*.json") for record in file]),
     }
 
 
