@@ -1,7 +1,7 @@
 """The tables of README.md and docs/fidelity.md, from the records of the fidelity study.
 
 python benchmarks/fidelity_tables.py            prints them
-python benchmarks/fidelity_tables.py --write    puts them between their marks
+python benchmarks/fidelity_tables.py --write    puts them between their marks, and summary.json beside the records
 
 A mark names what stands there: `main`, `main PRESET` (rows of one preset, without remarks), `learning rates`, `costs`,
 `trit shares`, `study NAME`, or `studies`: every study that has no mark of its own in the file.
@@ -14,9 +14,9 @@ from pathlib import Path
 
 from bitdistill.report.markdown import table_section, table_text
 from bitdistill.report.study.cells import studies
-from bitdistill.report.study.page import study_tables
+from bitdistill.report.study.page import SUMMARY_FILE, study_tables, summary_text
 from bitdistill.report.study.reading import read_study
-from bitdistill.report.study.results import main_entries
+from bitdistill.report.study.results import Entry, main_entries
 from bitdistill.report.study.tables import main_table
 from bitdistill.report.tables import Table
 
@@ -34,8 +34,8 @@ SINGLE = ("main", "learning rates", "costs", "trit shares")
 SEVERAL = ("main ", STUDY)
 
 
-def read_tables(folder: Path = RECORDS) -> dict[str, Table]:
-    """All tables by the names of their marks; none where there are no records."""
+def read_tables(folder: Path = RECORDS) -> tuple[dict[str, Table], list[Entry]]:
+    """All tables by the names of their marks, none where there are no records; and the rows of the main one."""
     records, notes = read_study(folder)
     for note in notes:
         print(note)
@@ -45,7 +45,7 @@ def read_tables(folder: Path = RECORDS) -> dict[str, Table]:
         f"main {preset}": main_table([entry for entry in entries if entry.preset == preset])
         for preset in dict.fromkeys(entry.preset for entry in entries)
     }
-    return study_tables(found, entries) | by_preset
+    return study_tables(found, entries) | by_preset, entries
 
 
 def with_tables(text: str, tables: Mapping[str, Table]) -> str:
@@ -82,12 +82,13 @@ def main() -> None:
     """Print the tables, or write them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true")
-    tables = read_tables()
+    tables, entries = read_tables()
     if not parser.parse_args().write:
         print(*map(_section, tables.values()), sep="\n\n")
         return
     for path in FILES:
         path.write_text(with_tables(path.read_text(encoding="utf-8"), tables), encoding="utf-8")
+    (RECORDS / SUMMARY_FILE).write_text(summary_text(entries), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -3,8 +3,10 @@
 from pathlib import Path
 
 import pytest
-from fidelity_tables import FILES, NOTHING, read_tables, with_tables
+from fidelity_tables import FILES, NOTHING, RECORDS, read_tables, with_tables
 from study_records import first_right, record_of, write_record
+
+from bitdistill.report.study.page import SUMMARY_FILE, summary_text
 
 ROWS = {
     "fp16_sft": first_right(150, 200),
@@ -21,11 +23,17 @@ def marked(name: str, text: str = "OUTDATED") -> str:
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
 def test_the_tables_in_the_docs_are_those_of_the_records(path: Path) -> None:
-    tables = read_tables()
+    tables, _ = read_tables()
     if not tables:
         pytest.skip("no run of the fidelity study is on file")
     text = path.read_text(encoding="utf-8")
     assert with_tables(text, tables) == text, "run python benchmarks/fidelity_tables.py --write"
+
+
+def test_the_summary_on_file_is_that_of_the_records() -> None:
+    _, entries = read_tables()
+    text = (RECORDS / SUMMARY_FILE).read_text(encoding="utf-8")
+    assert text == summary_text(entries), "run python benchmarks/fidelity_tables.py --write"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.name)
@@ -33,9 +41,9 @@ def test_the_docs_have_places_for_them(path: Path, tmp_path: Path) -> None:
     """A row that no file of the repository holds gets into each."""
     write_record(tmp_path, record_of({k: first_right(len(k), 7919) for k in ROWS}))
     text = path.read_text(encoding="utf-8")
-    filled = with_tables(text, read_tables(tmp_path))
+    filled = with_tables(text, read_tables(tmp_path)[0])
     assert "| sst2 | 1.6M | default | 1 | 0.10 |" in filled  # 8 of 7,919
-    assert with_tables(filled, read_tables(tmp_path)) == filled
+    assert with_tables(filled, read_tables(tmp_path)[0]) == filled
 
 
 def test_each_mark_gets_its_table(tmp_path: Path) -> None:
@@ -43,7 +51,7 @@ def test_each_mark_gets_its_table(tmp_path: Path) -> None:
     write_record(tmp_path, record_of(ROWS, preset="paper", point={"distill.preset": "paper"}))
     for study in ("kd", "sites"):
         write_record(tmp_path, record_of(ROWS, study=study, judged_on="validation"))
-    tables = read_tables(tmp_path)
+    tables, _ = read_tables(tmp_path)
     names = ("main", "main paper", "study kd", "studies", "costs", "learning rates")
     text = "\n\n".join(["Before", *map(marked, names), "After"])
     found = with_tables(text, tables)
@@ -67,4 +75,4 @@ def test_each_mark_gets_its_table(tmp_path: Path) -> None:
 def test_a_table_that_cannot_be_is_refused(tmp_path: Path) -> None:
     write_record(tmp_path, record_of(ROWS))
     with pytest.raises(SystemExit, match="no table is called 'mian'"):
-        with_tables(marked("mian"), read_tables(tmp_path))
+        with_tables(marked("mian"), read_tables(tmp_path)[0])

@@ -67,9 +67,14 @@ def render_study(folder: Path) -> tuple[dict[str, str] | None, list[str]]:
     pages = {
         "report.html": _html(report),
         "report.md": _markdown(report),
-        SUMMARY_FILE: json.dumps(summary_json(entries), indent=1) + "\n",
+        SUMMARY_FILE: summary_text(entries),
     }
     return pages, damaged
+
+
+def summary_text(entries: Sequence[Entry]) -> str:
+    """What ``summary.json`` holds."""
+    return json.dumps(summary_json(entries), indent=1) + "\n"
 
 
 def study_tables(found: Sequence[Study], entries: Sequence[Entry]) -> dict[str, Table]:
