@@ -1,9 +1,16 @@
 """The tables of docs/bitnet_v2.md are those of the records, and say what the records say."""
 
+import math
 from typing import Any
 
+import activations
 import pytest
 import tables
+import torch
+from torch import nn
+
+from bitdistill.model.hadamard import hadamard_transform
+from bitdistill.model.layers import BitLinear, TernarySpec
 
 
 def model(variant: str, seed: int, perplexity: float, sst2: float) -> dict[str, Any]:
@@ -63,6 +70,44 @@ def test_outliers_are_averaged_over_seeds_by_factor_and_form() -> None:
     table = tables.outliers([record(10.0), record(12.0)])
     assert table.splitlines()[0] == "| outliers | A16 | A4, Hadamard |"
     assert cells(table) == [["x 1", "11.00 ± 1.41", "12.00 ± 1.41"], ["x 8", "13.00 ± 1.41", "14.00 ± 1.41"]]
+
+
+def test_activations_have_a_line_for_each_form() -> None:
+    row = {"site": "o_proj", "peak": 3.21, "channel": 2.0, "error of 8 bits": 0.0125, "error of 4 bits": 0.2}
+    record = {"model": "m", "rows": [{"hadamard": False, **row}, {"hadamard": True, **row}]}
+    values = ["3.2", "2.0", "1.2", "20.0"]
+    assert cells(tables.activations([record])) == [["m, o_proj", *values], ["m, o_proj, Hadamard", *values]]
+
+
+def test_measures_of_inputs_are_those_of_their_definitions() -> None:
+    """One outlier among zeros: it is the peak, 8 bits have it exactly, 4 bits clip it, the transform spreads it."""
+    x = torch.zeros(3, 16)
+    x[:, 5] = 2.0
+    plain, spread = activations.Inputs(), activations.Inputs()
+    plain.add(x)
+    spread.add(hadamard_transform(x, 16))
+    step = 2.0 / 16 / math.sqrt(7)  # mean|x| / sqrt(7), of which 4 bits hold seven
+    assert plain.means() == pytest.approx(
+        {"peak": 4.0, "channel": 16.0, "error of 8 bits": 0.0, "error of 4 bits": 1 - 7 * step / 2.0},
+        abs=1e-6,
+    )
+    # All are of size 0.5 then: sqrt(7) steps, which round to three.
+    assert spread.means() == pytest.approx(
+        {"peak": 1.0, "channel": 1.0, "error of 8 bits": 0.0, "error of 4 bits": 3 / math.sqrt(7) - 1},
+        abs=1e-6,
+    )
+
+
+def test_inputs_are_measured_behind_the_norm_and_before_the_transform() -> None:
+    spec = TernarySpec(hadamard={"o_proj": 8})
+    linear = BitLinear(8, 4, bias=False, spec=spec, norm_eps=1e-6, hadamard_block=8)
+    with activations.measured(nn.ModuleDict({"o_proj": linear})) as found:
+        linear(1e3 * torch.eye(8)[None])
+    (plain,), (transformed,) = found["o_proj", False], found["o_proj", True]
+    assert plain.tokens == transformed.tokens == 8
+    assert plain.means()["peak"] == pytest.approx(math.sqrt(8))
+    assert transformed.means()["peak"] == pytest.approx(1.0)
+    assert torch.as_tensor(plain.magnitude).mean() == pytest.approx(math.sqrt(8), rel=1e-5)  # normed
 
 
 def test_nothing_on_file_is_said() -> None:

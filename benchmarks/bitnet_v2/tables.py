@@ -1,4 +1,4 @@
-"""The tables of docs/bitnet_v2.md, from the records of study.py, post_training.py, outliers.py and `bitdistill bench`.
+"""The tables of docs/bitnet_v2.md, from the records of study.py and the scripts beside it, and of `bitdistill bench`.
 
 python benchmarks/bitnet_v2/tables.py            prints them
 python benchmarks/bitnet_v2/tables.py --write    puts them between their marks
@@ -106,6 +106,18 @@ def outliers(records: Sequence[Record]) -> str:
     return table(["outliers", *names], rows)
 
 
+def activations(records: Sequence[Record]) -> str:
+    """Outliers before o_proj and down_proj, by model, with the transform and without."""
+    rows = []
+    for r in records:
+        for row in r["rows"]:
+            where = f"{r['model']}, {row['site']}{', Hadamard' if row['hadamard'] else ''}"
+            errors = [f"{100 * row[f'error of {bits} bits']:.1f}" for bits in (8, 4)]
+            rows.append([where, f"{row['peak']:.1f}", f"{row['channel']:.1f}", *errors])
+    head = ["input", "peak / rms", "largest channel / mean", "error of 8 bits, %", "of 4 bits, %"]
+    return table(head, rows) if rows else NOTHING
+
+
 def engine(records: Sequence[Record]) -> str:
     """Speed with 4-bit activations and keys and values beside 8-bit activations and an fp16 cache."""
     if not records:
@@ -130,6 +142,7 @@ def tables() -> dict[str, str]:
         "from scratch": from_scratch(records),
         "low-bit states": low_bit_states(records),
         "post-training": post_training(read_records("post_training/*.json")),
+        "activations": activations(read_records("activations/*.json")),
         "outliers": outliers(read_records("outliers/*.json")),
         "engine": engine([record for file in read_records("engine/*.json") for record in file]),
     }
