@@ -2,6 +2,7 @@
 
 import math
 from typing import Any
+from xml.etree import ElementTree
 
 import activations
 import pytest
@@ -47,6 +48,26 @@ def test_differences_are_within_seeds() -> None:
         ["b158", "0, 1", "79.50 ± 0.71", "", "77.00 ± 1.41"],
         ["v2-a4", "0, 1, 2", "83.00 ± 3.00", "2.00 ± 1.41", "75.00 ± 0.00"],
     ]
+
+
+def test_curves_are_those_of_the_first_seed_and_once_more_of_the_last_steps() -> None:
+    def curve(*losses: float) -> dict[str, list[float]]:
+        return {"step": [100.0 * (i + 1) for i in range(len(losses))], "loss": list(losses)}
+
+    records = [
+        model("b158", 1, 80.0, 0.7) | {"heldout": curve(*[9.0] * 10)},
+        model("b158", 0, 80.0, 0.7) | {"heldout": curve(5.0, 4.5, 4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3)},
+        model("v2-a4", 1, 80.0, 0.7) | {"heldout": curve(5.0, 4.5, 4.0, 3.9, 3.8, 3.7, 3.6, 3.5, 3.4, 3.3)},
+    ]
+    drawn = tables.curves(records)
+    assert drawn is not None
+    texts = [node.text for node in ElementTree.fromstring(drawn).iter() if node.tag.endswith("}text")]
+    assert texts.count("b158") == texts.count("v2-a4") == 2  # a legend for each chart
+    losses = {float(text) for text in texts if text and text[0].isdigit() and "." in text}
+    assert max(losses) <= 5.1  # nothing of seed 1
+    assert {"400", "800"} <= set(texts)
+    assert "850" in texts or "825" in texts  # only the second chart has so fine an axis
+    assert tables.curves([]) is None
 
 
 def test_states_have_a_column_each() -> None:

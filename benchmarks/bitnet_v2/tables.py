@@ -1,7 +1,7 @@
 """The tables of docs/bitnet_v2.md, from the records of study.py and the scripts beside it, and of `bitdistill bench`.
 
 python benchmarks/bitnet_v2/tables.py            prints them
-python benchmarks/bitnet_v2/tables.py --write    puts them between their marks
+python benchmarks/bitnet_v2/tables.py --write    puts them between their marks, and draws curves.svg beside the records
 """
 
 import argparse
@@ -13,11 +13,16 @@ from typing import Any
 
 from study import STATES, VARIANTS
 
+from bitdistill.report.html import drawing
+from bitdistill.report.plots import compare
+
 ROOT = Path(__file__).parent
 PAGE = ROOT.parent.parent / "docs" / "bitnet_v2.md"
 MARK = "<!-- {}: benchmarks/bitnet_v2/tables.py -->"
 NOTHING = "Nothing is on file yet."
 REFERENCE = "b158"
+TAIL_SHOWN = 0.8
+"""Where the second chart of the curves begins, as a share of the steps."""
 
 Record = dict[str, Any]
 
@@ -66,6 +71,22 @@ def from_scratch(records: Sequence[Record]) -> str:
         )
     head = ["model", "seeds", "held-out perplexity", f"beside {REFERENCE}, same seed", "SST-2, %"]
     return table(head, rows) if rows else NOTHING
+
+
+def curves(records: Sequence[Record]) -> str | None:
+    """Held-out loss of every model's first seed over all steps and over the last of them, as SVG; None without any."""
+    found = {name: runs[min(runs)]["heldout"] for name, runs in by_variant(records).items()}
+    if not found:
+        return None
+    end = max(curve["step"][-1] for curve in found.values())
+    charts = []
+    for title, first in (("Held-out loss, nats", 0.1 * end), ("The last steps", TAIL_SHOWN * end)):
+        shown: dict[str, tuple[list[float], list[float]]] = {}
+        for name, curve in found.items():
+            points = [(x, y) for x, y in zip(curve["step"], curve["loss"], strict=True) if x >= first]
+            shown[name] = ([x for x, _ in points], [y for _, y in points])
+        charts.append(compare("bitnet-v2", title, shown, is_log=False))
+    return drawing(charts)
 
 
 def low_bit_states(records: Sequence[Record]) -> str:
@@ -170,6 +191,9 @@ def main() -> None:
     for name, body in found.items():
         text = with_table(text, name, body)
     PAGE.write_text(text, encoding="utf-8")
+    drawn = curves(read_records("records/*.json"))
+    if drawn:
+        (ROOT / "curves.svg").write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """The report as one HTML page: inline CSS and SVG, no script, no network, light and dark."""
 
 import json
+import re
 from collections.abc import Sequence
 from html import escape
 
@@ -79,6 +80,21 @@ def render_html(report: RunReport) -> str:
         notes(tuple(report.notes)),
     ]
     return document(report.name, headline, body)
+
+
+def drawing(charts: Sequence[Chart]) -> str:
+    """Charts side by side as one SVG file; its colours follow the reader's light or dark page."""
+    width, height, title = 400, 240, 24  # of one chart and the line above it, in pixels
+    colours = STYLE[: STYLE.index("* {")].replace("color-scheme: light dark;", "")
+    parts = [
+        f'<text x="{width * i + 8}" y="16" font-size="13">{_e(chart.title)}</text>'
+        + re.sub(r"^<svg", f'<svg x="{width * i}" y="{title}" width="{width}" height="{height}"', chart.svg)
+        for i, chart in enumerate(charts)
+    ]
+    style = f"{colours} text {{ font-family: system-ui, sans-serif; fill: var(--ink); }}"
+    size = f'width="{width * len(charts)}" height="{height + title}"'
+    body = "\n".join(parts)
+    return f'<svg xmlns="http://www.w3.org/2000/svg" {size}>\n<style>{style}</style>\n{body}\n</svg>\n'
 
 
 def document(name: str, headline: str, body: list[str]) -> str:

@@ -136,7 +136,7 @@ def compare(
     """Curves over the optimizer step in one chart, with dashed lines at the steps ``marks``."""
 
     def paint(axes: "Axes") -> None:
-        spare = iter([PURPLE, ORANGE, GREEN, MUTED])
+        spare = iter([PURPLE, ORANGE, GREEN, BLUE, INK])
         for name, (xs, ys) in curves.items():
             colour = INK if name == "total" else PART_COLOURS.get(name)
             colour = colour or (BLUE if len(curves) == 1 else next(spare, MUTED))
