@@ -37,8 +37,8 @@ def batches() -> list[dict[str, torch.Tensor]]:
     return [{"input_ids": x, "labels": x, "attention_mask": torch.ones_like(x)} for x in ids]
 
 
-def make(kind: str, granularity: str, scale: str) -> LanguageModelling:
-    student = small_student("qwen3", {"granularity": granularity, "block_size": 20, "scale": scale})
+def make(kind: str, spec: dict[str, object]) -> LanguageModelling:
+    student = small_student("qwen3", spec)
     if kind == "language modelling":
         return LanguageModelling(student)
     return Distillation(student, small_model("qwen3"), DistillConfig(relation_heads=2))
@@ -69,9 +69,9 @@ def train(objective, *, rank: int, processes: int, bf16: bool) -> tuple[list[flo
 
 
 def compare(
-    kind: str, granularity: str, *, bf16: bool, policy: MixedPrecisionPolicy, scale: str = "absmean"
+    kind: str, *, bf16: bool, policy: MixedPrecisionPolicy = GATHER_FP32, **spec: object
 ) -> dict[str, object]:
-    whole_one = make(kind, granularity, scale)
+    whole_one = make(kind, spec)
     sharded = copy.deepcopy(whole_one)
     if kind == "distillation":
         sharded.shard_teacher()
@@ -102,17 +102,16 @@ def main() -> dict[str, dict[str, object]]:
     found = {}
     for kind in ("language modelling", "distillation"):
         for bf16 in (False, True):
-            found[f"{kind}, {'bf16' if bf16 else 'fp32'}"] = compare(
-                kind, "tensor", bf16=bf16, policy=GATHER_FP32
-            )
-    for granularity in ("channel", "block"):
-        found[granularity] = compare("language modelling", granularity, bf16=True, policy=GATHER_FP32)
-    for granularity in ("tensor", "block"):
-        found[f"learned, {granularity}"] = compare(
-            "language modelling", granularity, bf16=False, policy=GATHER_FP32, scale="learned"
-        )
+            found[f"{kind}, {'bf16' if bf16 else 'fp32'}"] = compare(kind, bf16=bf16)
+    blocks = {"granularity": "block", "block_size": 20}
+    found["channel"] = compare("language modelling", bf16=True, granularity="channel")
+    found["block"] = compare("language modelling", bf16=True, **blocks)
+    found["learned, tensor"] = compare("language modelling", bf16=False, scale="learned")
+    found["learned, block"] = compare("language modelling", bf16=False, scale="learned", **blocks)
+    v2 = {"hadamard": {"o_proj": 0, "down_proj": 0}, "activation_bits": 4, "query_bits": 4, "kv_bits": 3}
+    found["BitNet v2"] = compare("distillation", bf16=False, **v2)
     accelerates = MixedPrecisionPolicy(torch.bfloat16, torch.bfloat16, torch.bfloat16)
-    found["gathered in bf16"] = compare("language modelling", "tensor", bf16=True, policy=accelerates)
+    found["gathered in bf16"] = compare("language modelling", bf16=True, policy=accelerates)
     return found
 
 
