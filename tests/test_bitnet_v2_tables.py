@@ -119,9 +119,9 @@ def test_measures_of_inputs_are_those_of_their_definitions() -> None:
     )
 
 
-def test_inputs_are_measured_behind_the_norm_and_before_the_transform() -> None:
-    spec = TernarySpec(hadamard={"o_proj": 8})
-    linear = BitLinear(8, 4, bias=False, spec=spec, norm_eps=1e-6, hadamard_block=8)
+@pytest.mark.parametrize("block", [0, 1, 8])
+def test_inputs_are_measured_behind_the_norm_and_before_the_transform(block: int) -> None:
+    linear = BitLinear(8, 4, bias=False, spec=TernarySpec(), norm_eps=1e-6, hadamard_block=block)
     with activations.measured(nn.ModuleDict({"o_proj": linear})) as found:
         linear(1e3 * torch.eye(8)[None])
     (plain,), (transformed,) = found["o_proj", False], found["o_proj", True]

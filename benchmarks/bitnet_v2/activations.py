@@ -88,7 +88,8 @@ def measured(model: nn.Module) -> Iterator[dict[tuple[str, bool], list[Inputs]]]
             block = default_block(x.shape[-1])
             if isinstance(module, BitLinear):
                 x = module.norm(x).detach() if module.norm is not None else x
-                block = module.hadamard_block or block
+                # b158 of study.py has blocks of one feature, which transform nothing
+                block = module.hadamard_block if module.hadamard_block > 1 else block
             plain.add(x)
             transformed.add(hadamard_transform(x, block))
 
