@@ -6,8 +6,6 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 records=benchmarks/fidelity
-# Training on a CPU allocates and frees the same blocks in every step: keep them, in huge pages (docs/scaling.md).
-export GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=8589934592}
 small=benchmarks/bases/qwen3_1.5m
 large=benchmarks/bases/qwen3_5m
 
