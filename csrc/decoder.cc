@@ -138,7 +138,7 @@ void deal_pieces(Worker& worker, size_t blocks, size_t tokens, bool looked_up, B
   const size_t most = std::max<size_t>(1, tokens / kLeastLookedUp);
   const size_t parts = std::min(round_up(ceil_div(tokens, kLookupTokens), threads), most);
   const size_t rows = std::min(kLookupBlocks, round_up(ceil_div(blocks * parts, threads), 2));
-  const auto begin_of = [&](size_t part) { return part == parts ? tokens : tokens * part / parts / 2 * 2; };
+  const auto begin_of = [&](size_t part) { return std::min(tokens, round_up(tokens * part / parts, 2)); };
   worker.deal(ceil_div(blocks, rows) * parts, 1, [&](Range item) {
     const size_t first = item.begin / parts * rows, part = item.begin % parts;
     body(Piece{{first, std::min(blocks, first + rows)}, {begin_of(part), begin_of(part + 1)}});

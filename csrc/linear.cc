@@ -1,5 +1,6 @@
 #include "linear.h"
 
+#include <cassert>
 #include <cstring>
 
 namespace bitdistill {
@@ -182,6 +183,7 @@ void linear_rows(const KernelTable& room, const Linear& linear, const Input& inp
                    });
     return;
   }
+  assert(piece.tokens.begin == 0 && piece.tokens.end == input.tokens);
   each_block(piece.blocks, block_bytes(linear), input, [&](size_t b, size_t count, size_t first, size_t tokens) {
     linear_block(room, linear, input, b, count, first, tokens, out + first * out_stride + b * kRowBlock, out_stride,
                  accumulate);
@@ -211,6 +213,7 @@ void gated_rows(const KernelTable& room, Activation activation, const Linear& ga
                      });
       return;
     }
+    assert(piece.tokens.begin == 0 && piece.tokens.end == up_input.tokens);
     alignas(kAlignment) float ups[std::max(kMaxTile, kGemvBlocks) * kRowBlock];
     each_block(piece.blocks, block_bytes(up), up_input, [&](size_t b, size_t count, size_t first, size_t tokens) {
       const size_t width = count * kRowBlock;

@@ -70,6 +70,15 @@ def test_curves_are_those_of_the_first_seed_and_once_more_of_the_last_steps() ->
     assert tables.curves([]) is None
 
 
+def test_the_drawing_in_the_docs_has_the_variants_on_file() -> None:
+    found = tables.by_variant(tables.read_records("records/*.json"))
+    drawn = ElementTree.parse(tables.ROOT / "curves.svg").getroot()
+    texts = [node.text for node in drawn.iter() if node.tag.endswith("}text")]
+    assert [text for text in texts if text in tables.VARIANTS] == 2 * list(found), (
+        "run python benchmarks/bitnet_v2/tables.py --write"
+    )
+
+
 def test_states_have_a_column_each() -> None:
     found = cells(tables.low_bit_states([model("a4.8", 0, 100.0, 0.5)]))
     assert found == [

@@ -4,7 +4,7 @@
     python benchmarks/bitnet_v2/study.py --seed 0 --variant v2-a8 v2-a4
 
 A variant whose 4 bits come in the last 5 % is the one with 8 bits up to there: it goes on from a copy of that one's
-checkpoint, optimizer state and all, where that one was trained in the same call.
+checkpoint, optimizer state and all, where the recipe's own settings train both in one call.
 
 Of every model: held-out perplexity (also with attention states of few bits, which it was not trained with), accuracy
 on SST-2 after a fine-tune, and the curve of its held-out loss. Needs data/ (benchmarks/real_input/prepare.py).
@@ -72,10 +72,13 @@ def pretrain(folder: Path, settings: list[str], tail: Path | None) -> None:
         shards.symlink_to(Path("..") / "shards", target_is_directory=True)
     words = ("base", RECIPE, *settings)
     process = subprocess.Popen(command(*words))
-    while process.poll() is None:
-        time.sleep(1)
-        if tail is not None and hand_over(folder / "base.partial", tail / "base.partial"):
-            tail = None
+    try:
+        while process.poll() is None:
+            time.sleep(1)
+            if tail is not None and hand_over(folder / "base.partial", tail / "base.partial"):
+                tail = None
+    finally:
+        process.terminate()
     if process.returncode:
         raise Failed(" ".join(words))
 
@@ -114,13 +117,12 @@ def heldout_curve(folder: Path) -> dict[str, list[float]]:
     return {"step": [step for step, _ in found], "loss": [loss for _, loss in found]}
 
 
-def record(variant: str, seed: int, changes: list[str]) -> dict[str, Any]:
-    """Train and judge one model."""
+def record(variant: str, seed: int, changes: list[str], tail: str | None) -> dict[str, Any]:
+    """Train and judge one model; ``tail``, the variant that goes on from it."""
     settings = [
         word for value in (f"name={variant}_s{seed}", f"seed={seed}", *changes) for word in ("--set", value)
     ]
     folder = RUNS / f"{variant}_s{seed}"
-    tail = TAIL_OF.get(variant)
     base, tuned = folder / "base", folder / "sst2"
     pretrain(folder, settings, RUNS / f"{tail}_s{seed}" if tail else None)
     perplexity = {"as trained": judged(folder / "perplexity.json", RECIPE, base, "--perplexity", *settings)}
@@ -167,7 +169,9 @@ def main() -> None:
                 )
             continue
         try:
-            write_json(path, record(variant, options.seed, settings))
+            tail = TAIL_OF.get(variant)
+            is_next = tail in options.variant and not options.more  # SWITCH counts the recipe's own steps
+            write_json(path, record(variant, options.seed, settings, tail if is_next else None))
         except Failed as error:  # a divergence is told by the verb itself
             failed.append(f"{variant}: {error}")
     if failed:

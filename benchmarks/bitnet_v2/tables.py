@@ -69,7 +69,7 @@ def from_scratch(records: Sequence[Record]) -> str:
                 mean_sd([100 * r["sst2"]["as trained"] for r in runs.values()], 2),
             ]
         )
-    head = ["model", "seeds", "held-out perplexity", f"beside {REFERENCE}, same seed", "SST-2, %"]
+    head = ["model", "seed", "held-out perplexity", f"beside {REFERENCE}, same seed", "SST-2, %"]
     return table(head, rows) if rows else NOTHING
 
 

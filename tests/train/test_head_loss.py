@@ -25,7 +25,7 @@ EXACT = {"rtol": 1e-10, "atol": 1e-12}
 @pytest.fixture(autouse=True)
 def _small_blocks(monkeypatch):
     monkeypatch.setattr(module, "BLOCK_TOKENS", 3)
-    monkeypatch.setattr(module, "ROWS_LOGITS", 2 * VOCABULARY)  # parts of two rows and of one
+    monkeypatch.setattr(module, "ROWS_LOGITS_CPU", 2 * VOCABULARY)  # parts of two rows and of one
 
 
 class OwnLinear(nn.Linear):

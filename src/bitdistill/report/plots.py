@@ -4,6 +4,7 @@ import io
 import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import TYPE_CHECKING, Any, Literal
 
 from ..checkpoint import digest_of
@@ -136,12 +137,13 @@ def compare(
     """Curves over the optimizer step in one chart, with dashed lines at the steps ``marks``."""
 
     def paint(axes: "Axes") -> None:
-        spare = iter([PURPLE, ORANGE, GREEN, BLUE, INK])
+        spare = product("-:", [PURPLE, ORANGE, GREEN, BLUE, INK])
         for name, (xs, ys) in curves.items():
-            colour = INK if name == "total" else PART_COLOURS.get(name)
-            colour = colour or (BLUE if len(curves) == 1 else next(spare, MUTED))
+            dash, colour = "-", INK if name == "total" else PART_COLOURS.get(name)
+            if colour is None:
+                dash, colour = ("-", BLUE) if len(curves) == 1 else next(spare, (":", MUTED))
             marker = "." if len(xs) < 12 else ""
-            dash = "--" if name == "total" else "-"  # often covers its largest part
+            dash = "--" if name == "total" else dash  # often covers its largest part
             label = PART_NAMES.get(name, name.replace("_", " "))
             axes.plot(xs, ys, color=colour, marker=marker, linestyle=dash, label=label)
         for mark in marks:

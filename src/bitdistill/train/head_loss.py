@@ -25,8 +25,11 @@ from torch.utils.checkpoint import checkpoint
 BLOCK_TOKENS = 512
 """Tokens whose logits exist together; fewer would read W and write dW more often than products hide."""
 
-ROWS_LOGITS = 1 << 20
-"""Logits that the losses see together. Their temporaries are several times as large: small enough for a cache."""
+ROWS_LOGITS = 1 << 22
+"""Logits that the losses see together. Their temporaries are several times as large."""
+
+ROWS_LOGITS_CPU = 1 << 20
+"""The same on a CPU, whose cache has room for them."""
 
 BLOCK_WEIGHTS = 1 << 24
 """Elements of dW whose bf16 product exists before it is added in fp32."""
@@ -145,7 +148,8 @@ def _into_gradient(
 ) -> Tensor:
     """The losses of a block; its logits are overwritten by the gradient of their weighted sum."""
     values_P = weights_P.new_zeros(len(weights_P), dtype=_wide_dtype(logits))
-    step = max(1, ROWS_LOGITS // logits.shape[1])
+    most = ROWS_LOGITS_CPU if logits.device.type == "cpu" else ROWS_LOGITS
+    step = max(1, most // logits.shape[1])
     for start in range(0, max(1, len(logits)), step):
         part = slice(start, start + step)
         here = slice(rows.start + start, min(rows.start + start + step, rows.stop))
