@@ -102,6 +102,16 @@ def test_outliers_are_averaged_over_seeds_by_factor_and_form() -> None:
     assert cells(table) == [["x 1", "11.00 ± 1.41", "12.00 ± 1.41"], ["x 8", "13.00 ± 1.41", "14.00 ± 1.41"]]
 
 
+def test_answers_in_the_engine_stand_beside_those_in_torch() -> None:
+    record = {"variant": "v2-a4", "seed": 1, "perplexity": {"fp32": 79.5, "int4": 90.0}}
+    record["accuracy"] = {"fp32": 0.5, "int4": 0.25}
+    others = [model("v2-a4", 0, 1.0, 0.0), model("v2-a4", 1, 80.0, 0.75), model("b158", 1, 2.0, 0.0)]
+    assert cells(tables.in_engine([record], others)) == [
+        ["v2-a4, seed 1, perplexity", "80.00", "79.50", "88.00", "90.00"],
+        ["v2-a4, seed 1, SST-2", "75.00", "50.00", "74.00", "25.00"],
+    ]
+
+
 def test_activations_have_a_line_for_each_form() -> None:
     row = {"site": "o_proj", "peak": 3.21, "channel": 2.0, "error of 8 bits": 0.0125, "error of 4 bits": 0.2}
     record = {"model": "m", "rows": [{"hadamard": False, **row}, {"hadamard": True, **row}]}

@@ -139,6 +139,25 @@ def activations(records: Sequence[Record]) -> str:
     return table(head, rows) if rows else NOTHING
 
 
+def in_engine(records: Sequence[Record], torch_records: Sequence[Record]) -> str:
+    """What exported models answer in the engine beside what they answer in torch."""
+    by_name = {(r["variant"], r["seed"]): r for r in torch_records}
+    rows = []
+    for r in records:
+        torch_record = by_name[r["variant"], r["seed"]]
+        for name, there, here, factor in (
+            ("perplexity", "perplexity", "perplexity", 1),
+            ("SST-2", "sst2", "accuracy", 100),
+        ):
+            values = []
+            for state, cache in (("as trained", "fp32"), ("4-bit KV", "int4")):
+                values += [torch_record[there][state], r[here][cache]]
+            label = f"{r['variant']}, seed {r['seed']}, {name}"
+            rows.append([label, *(f"{factor * value:.2f}" for value in values)])
+    head = ["model", "torch", "engine, fp32 cache", "torch, 4-bit KV", "engine, int4 cache"]
+    return table(head, rows) if rows else NOTHING
+
+
 def engine(records: Sequence[Record]) -> str:
     """Speed with 4-bit activations and keys and values beside 8-bit activations and an fp16 cache."""
     if not records:
@@ -165,6 +184,7 @@ def tables() -> dict[str, str]:
         "post-training": post_training(read_records("post_training/*.json")),
         "activations": activations(read_records("activations/*.json")),
         "outliers": outliers(read_records("outliers/*.json")),
+        "in the engine": in_engine(read_records("in_engine/*.json"), records),
         "engine": engine([record for file in read_records("engine/*.json") for record in file]),
     }
 
