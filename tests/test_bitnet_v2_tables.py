@@ -87,19 +87,25 @@ def test_states_have_a_column_each() -> None:
     ]
 
 
-def test_outliers_are_averaged_over_seeds_by_factor_and_form() -> None:
-    def record(first: float) -> dict[str, Any]:
+def test_outliers_are_averaged_over_seeds_by_base_factor_and_form() -> None:
+    def record(base: str, first: float) -> dict[str, Any]:
         forms = [(1, 16, False), (1, 4, True), (8, 16, False), (8, 4, True)]
         return {
+            "model": f"benchmarks/bases/{base}",
             "rows": [
                 {"factor": factor, "bits": bits, "hadamard": hadamard, "perplexity": first + i}
                 for i, (factor, bits, hadamard) in enumerate(forms)
-            ]
+            ],
         }
 
-    table = tables.outliers([record(10.0), record(12.0)])
-    assert table.splitlines()[0] == "| outliers | A16 | A4, Hadamard |"
-    assert cells(table) == [["x 1", "11.00 ± 1.41", "12.00 ± 1.41"], ["x 8", "13.00 ± 1.41", "14.00 ± 1.41"]]
+    table = tables.outliers([record("small", 10.0), record("large", 5.0), record("small", 12.0)])
+    assert table.splitlines()[0] == "| base, outliers | A16 | A4, Hadamard |"
+    assert cells(table) == [
+        ["small, x 1", "11.00 ± 1.41", "12.00 ± 1.41"],
+        ["small, x 8", "13.00 ± 1.41", "14.00 ± 1.41"],
+        ["large, x 1", "5.00", "6.00"],
+        ["large, x 8", "7.00", "8.00"],
+    ]
 
 
 def test_answers_in_the_engine_stand_beside_those_in_torch() -> None:

@@ -114,17 +114,19 @@ def post_training(records: Sequence[Record]) -> str:
 
 
 def outliers(records: Sequence[Record]) -> str:
-    """Perplexity by the outliers' factor."""
+    """Perplexity by base and the outliers' factor."""
     if not records:
         return NOTHING
     kinds = list(dict.fromkeys((row["bits"], row["hadamard"]) for row in records[0]["rows"]))
-    found: dict[tuple[float, int, bool], list[float]] = {}
-    for row in (row for record in records for row in record["rows"]):
-        found.setdefault((row["factor"], row["bits"], row["hadamard"]), []).append(row["perplexity"])
+    found: dict[str, dict[tuple[int, bool], list[float]]] = {}
+    for record in records:
+        for row in record["rows"]:
+            label = f"{Path(record['model']).name}, x {row['factor']:g}"
+            of_kind = found.setdefault(label, {}).setdefault((row["bits"], row["hadamard"]), [])
+            of_kind.append(row["perplexity"])
     names = [f"A{bits}{', Hadamard' if hadamard else ''}" for bits, hadamard in kinds]
-    factors = list(dict.fromkeys(factor for factor, _, _ in found))
-    rows = [[f"x {factor:g}", *(mean_sd(found[factor, *kind], 2) for kind in kinds)] for factor in factors]
-    return table(["outliers", *names], rows)
+    rows = [[label, *(mean_sd(of_kind[kind], 2) for kind in kinds)] for label, of_kind in found.items()]
+    return table(["base, outliers", *names], rows)
 
 
 def activations(records: Sequence[Record]) -> str:

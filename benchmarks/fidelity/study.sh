@@ -2,7 +2,9 @@
 # Every run of docs/fidelity.md, resumable: a run that has its record here is not made again. Start it once more on
 # another core (or machine that shares the folders) and the two share the runs. Needs data/ (benchmarks/real_input).
 #
-#   bash benchmarks/fidelity/study.sh [SECTION ...]     sections: main stages relation logits sites schedules quantisers ideas teacher
+#   bash benchmarks/fidelity/study.sh [SECTION ...]
+#
+# Sections: main stages relation logits sites activations schedules quantisers ideas teacher.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 records=benchmarks/fidelity
@@ -78,6 +80,14 @@ sites() { # each has a stage 2 of its own
     --point "refine.norm_sites=all refine.gain=rms" \
     --point "pretrain.quant_warmup_ratio=0.3" \
     --point "pretrain.quant_warmup_ratio=0.8"
+}
+
+activations() { # BitNet v2 in a task's student; each has a stage 2 of its own
+  screen activations "4-bit activations and the Hadamard transform, in stages 1 to 3" \
+    --point "" \
+    --point "refine.hadamard=outputs" \
+    --point "refine.hadamard=outputs pretrain.int4_activations_ratio=0.05" \
+    --point "pretrain.int4_activations_ratio=0.05"
 }
 
 schedules() {
