@@ -57,12 +57,13 @@ def greedy(model: PreTrainedModel, prompt: list[int], count: int, end: int) -> l
 # --- label log-likelihood ---
 
 
-@pytest.mark.parametrize("batch_tokens", [4096, 40, 1])
+@pytest.mark.parametrize(("batch_tokens", "batch_logits"), [(4096, 1 << 22), (4096, 3000), (40, 1), (1, 1)])
 def test_scores_are_sums_of_log_probabilities_of_the_label_tokens(
-    model, tokenizer, monkeypatch, batch_tokens
+    model, tokenizer, monkeypatch, batch_tokens, batch_logits
 ):
     """Labels of one and of several tokens, one the beginning of another, prompts of four lengths."""
     monkeypatch.setattr(evaluate, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(evaluate, "BATCH_LOGITS", batch_logits)
     labels = [tokenizer.encode(text) for text in (" good", " good, really", " XYZ", " bad")]
     assert len({len(label) for label in labels}) > 2
     requests = [(tokenizer.encode(prompt), label) for prompt in PROMPTS for label in labels]

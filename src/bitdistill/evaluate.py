@@ -34,6 +34,9 @@ from .train.loading import is_encoder
 BATCH_TOKENS = 4096
 """Padded tokens of an evaluation batch."""
 
+BATCH_LOGITS = 1 << 22
+"""Logits that exist together."""
+
 
 class StateBits(NamedTuple):
     """Bits of attention's queries, and of its keys and values, that a model is judged at; None leaves it its own."""
@@ -120,15 +123,39 @@ class TorchScorer:
         scores = [(0.0, False)] * len(requests)
         for batch in _length_batches(sorted(by_input, key=lambda ids: (len(ids), ids))):
             hidden = self._hidden(batch)
+            chosen = [index for ids in batch for index in by_input[ids]]
+            places: list[int] = []
             for row, ids in enumerate(batch):
-                for index in by_input[ids]:
-                    context, continuation = requests[index]
-                    positions = slice(len(context) - 1, len(context) - 1 + len(continuation))
-                    logits = self.model.get_output_embeddings()(hidden[row, positions]).float()
-                    targets = torch.tensor(continuation, device=logits.device)
-                    log_probs = F.log_softmax(logits, dim=-1).gather(1, targets[:, None])
-                    scores[index] = float(log_probs.sum()), bool((logits.argmax(-1) == targets).all())
+                for context, continuation in (requests[index] for index in by_input[ids]):
+                    first = row * hidden.shape[1] + len(context) - 1
+                    places += range(first, first + len(continuation))
+            targets = [token for index in chosen for token in requests[index][1]]
+            lengths = [len(requests[index][1]) for index in chosen]
+            found = self._token_scores(hidden.flatten(0, 1), places, targets)
+            for index, log_probs, is_greedy in zip(chosen, *(f.split(lengths) for f in found), strict=True):
+                scores[index] = float(log_probs.sum()), bool(is_greedy.all())
         return scores
+
+    def _token_scores(
+        self, hidden: torch.Tensor, places: list[int], targets: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probability of each target behind its place in ``hidden`` ``[N, E]``, and whether none is more likely.
+
+        A state that several targets follow goes through the head once.
+        """
+        head = self.model.get_output_embeddings()
+        states, row_of = torch.tensor(places, device=hidden.device).unique(return_inverse=True)
+        wanted = torch.tensor(targets, device=hidden.device)
+        log_probs = hidden.new_zeros(len(targets), dtype=torch.float32)
+        is_greedy = torch.zeros(len(targets), dtype=torch.bool, device=hidden.device)
+        step = max(1, BATCH_LOGITS // head.weight.shape[0])
+        for start in range(0, len(states), step):
+            logits = head(hidden[states[start : start + step]]).float()
+            is_here = (row_of >= start) & (row_of < start + step)
+            rows, tokens = row_of[is_here] - start, wanted[is_here]
+            log_probs[is_here] = (logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]).float()
+            is_greedy[is_here] = logits.argmax(dim=-1)[rows] == tokens
+        return log_probs, is_greedy
 
     def _hidden(self, batch: Sequence[tuple[int, ...]]) -> torch.Tensor:
         """Final hidden states ``[B, T, E]`` of right-padded sequences."""
