@@ -319,6 +319,7 @@ def test_main_table(written: tuple[Path, ...]) -> None:
         "60.00 ± 0.00",
         "72.75 ± 0.35",  # 72.5 and 73
     ]
+    assert first["BitNet-SFT - better FP16, points"].startswith("-15.00 [")
     assert first["BitDistill - better FP16, points"].startswith("-2.25 [")
     assert first["Gap closure"].startswith("0.85 [")  # 12.75 / 15
     assert paper["BitDistill - better FP16, points"].startswith("-7.25 [")
@@ -364,6 +365,15 @@ def test_costs(written: tuple[Path, ...]) -> None:
     found = {tuple(row[1:4]): row[4:] for row in rows[1:]}
     assert found["1.6M", "", "FP16-CT-SFT"] == ["", "2 min 00 s", "", "30.0 s", "2 min 30 s"]
     assert found["1.6M", "paper", "BitDistill"] == ["1.0 s", "2 min 00 s", "1 min 00 s", "", "3 min 01 s"]
+
+
+def test_a_seed_on_a_busy_machine_does_not_set_the_cost(tmp_path: Path) -> None:
+    """Three seeds take 30, 32 and 600 seconds."""
+    for seed, seconds in enumerate((600.0, 30.0, 32.0)):
+        row = row_of("fp16_sft", first_right(150, 200), time_s={"fp16_sft/lr-0.002": seconds})
+        write_record(tmp_path, record_of({"fp16_sft": row}, seed=seed, num_items=200))
+    rows = html_tables(tree_of(write_report(tmp_path)[0]))["Costs"]
+    assert rows[1][-2:] == ["32.0 s", "32.0 s"]
 
 
 def test_charts(written: tuple[Path, ...]) -> None:

@@ -18,6 +18,7 @@ LOWEST_DIFFERENCE_POINTS = {"qnli": -1.0, "mnli": -1.0, "sst2": -2.0}
 LOWEST_CLOSURE = 0.9
 """The bar: gap closure, where there is a gap of MIN_GAP_POINTS."""
 FULL_PRECISION = ("fp16_sft", "fp16_ct_sft")
+DIRECT = "bitnet_sft"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,23 +49,31 @@ class Entry:
     @property
     def difference(self) -> Interval | None:
         """BitDistill minus the better full-precision row; None if one is missing or they cannot be paired."""
-        if self.better is None or DISTILLED not in self.keys:
+        return self._to_better(DISTILLED)
+
+    @property
+    def direct_difference(self) -> Interval | None:
+        """BitNet-SFT minus the better full-precision row: what a bar that BitDistill reaches could have told apart."""
+        return self._to_better(DIRECT)
+
+    def _to_better(self, method: str) -> Interval | None:
+        if self.better is None or method not in self.keys:
             return None
-        return self.column.difference(self.keys[DISTILLED], self.keys[self.better])
+        return self.column.difference(self.keys[method], self.keys[self.better])
 
     @property
     def gap_points(self) -> float | None:
         """Better full-precision row minus BitNet-SFT, in points."""
-        full, direct = self.cell(self.better or ""), self.cell("bitnet_sft")
+        full, direct = self.cell(self.better or ""), self.cell(DIRECT)
         return _points(full.mean - direct.mean) if full and direct else None
 
     @property
     def closure(self) -> tuple[float, tuple[float, float] | None] | None:
         """(BitDistill - BitNet-SFT) / (better FP16 - BitNet-SFT) with its interval; None where the gap is small."""
-        student, direct, full = self.cell(DISTILLED), self.cell("bitnet_sft"), self.cell(self.better or "")
+        student, direct, full = self.cell(DISTILLED), self.cell(DIRECT), self.cell(self.better or "")
         if not (student and direct and full) or (self.gap_points or 0.0) < MIN_GAP_POINTS:
             return None
-        keys = [self.keys[method] for method in (DISTILLED, "bitnet_sft", self.better or "")]
+        keys = [self.keys[method] for method in (DISTILLED, DIRECT, self.better or "")]
         value = (student.mean - direct.mean) / (full.mean - direct.mean)
         if not self.column.are_paired(*keys):
             return value, None

@@ -1,6 +1,7 @@
 """The tables of a study, as text."""
 
 from collections.abc import Sequence
+from statistics import median
 
 from ...config import LABELS, METHODS
 from ..records import StepRecord
@@ -9,7 +10,7 @@ from ..tables import Table, as_rate
 from ..words import MISSING, SHORT_STAGES, duration, heading, metric_name
 from .cells import DISTILLED, Cell, Column, Key, Study
 from .records import StudyRecord
-from .results import LOWEST_CLOSURE, LOWEST_DIFFERENCE_POINTS, Entry
+from .results import DIRECT, LOWEST_CLOSURE, LOWEST_DIFFERENCE_POINTS, Entry
 from .statistics import DRAWS, Interval
 
 INTERVALS = (
@@ -37,14 +38,17 @@ def main_table(entries: Sequence[Entry]) -> Table:
     """The four methods on every task, size and preset, and the verdict."""
 
     def row(entry: Entry) -> tuple[str, ...]:
-        known = entry.better is not None and DISTILLED in entry.keys
+        def difference(method: str, interval: Interval | None) -> str:
+            return points(interval) if entry.better is not None and method in entry.keys else MISSING
+
         return (
             entry.column.task,
             entry.column.size,
             entry.preset,
             str(len(entry.seeds)),
             *(score(entry.cell(method)) for method in METHODS),
-            points(entry.difference) if known else MISSING,
+            difference(DIRECT, entry.direct_difference),
+            difference(DISTILLED, entry.difference),
             _closure(entry),
             entry.verdict,
         )
@@ -57,6 +61,7 @@ def main_table(entries: Sequence[Entry]) -> Table:
             "Preset",
             "Seeds",
             *(LABELS[method] for method in METHODS),
+            "BitNet-SFT - better FP16, points",
             "BitDistill - better FP16, points",
             "Gap closure",
             "Against the bar",
@@ -244,7 +249,7 @@ def costs_table(entries: Sequence[Entry]) -> Table:
         rows=[(*label, *cells) for label, cells in rows.items()],
         num_text=4,
         notes=(
-            "Wall time of the training of one run, mean over seeds, at the chosen learning rate alone. "
+            "Wall time of the training of one run, median over seeds, at the chosen learning rate alone. "
             f"{'; '.join(machines)}.",
             "A stage that several rows share was run once; its time counts in each of them.",
         )
@@ -258,11 +263,14 @@ def _records(entry: Entry) -> list[StudyRecord]:
 
 
 def _stage_times(cell: Cell) -> dict[str, float]:
-    """Mean seconds by stage."""
-    sums: dict[str, float] = {}
+    """Median over seeds of the seconds by stage: machines have bad quarters of an hour."""
+    by_stage: dict[str, list[float]] = {}
     for record, method in zip(cell.records, cell.methods, strict=True):
+        of_seed: dict[str, float] = {}
         for name, seconds in method.time_s.items():
             step: StepRecord | None = record.steps.get(name)
             stage = step.stage if step else ""
-            sums[stage] = sums.get(stage, 0.0) + seconds / len(cell.records)
-    return sums
+            of_seed[stage] = of_seed.get(stage, 0.0) + seconds
+        for stage, seconds in of_seed.items():
+            by_stage.setdefault(stage, []).append(seconds)
+    return {stage: median(seconds) for stage, seconds in by_stage.items()}
