@@ -4,7 +4,8 @@
 #
 #   bash benchmarks/fidelity/study.sh [SECTION ...]
 #
-# Sections: main stages relation logits sites activations schedules quantisers ideas teacher.
+# Sections: main stages presets spread relation logits sites activations schedules quantisers ideas teacher candidates
+# pairs.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 records=benchmarks/fidelity
@@ -20,9 +21,13 @@ study() { # RECIPE NAME TITLE OPTIONS...
 # A screen: SST-2, the task with most room above its commonest class, on the smaller base: one seed, one epoch, a third of
 # stage 2, one learning rate, judged on the held-out part of the training data. The first point is the reference.
 screen() { # NAME TITLE OPTIONS...
-  study sst2 "$1" "$2" --set run.judged_on=validation --set run.learning_rates=[] \
+  screen_of sst2 "$@"
+}
+
+screen_of() { # TASK NAME TITLE OPTIONS...
+  study "$1" "$2" "$3" --set run.judged_on=validation --set run.learning_rates=[] \
     --set sft.learning_rate=6e-4 --set distill.learning_rate=6e-4 --set sft.epochs=1 --set distill.epochs=1 \
-    --set pretrain.tokens=1_000_000 --set 'run.methods=["bitdistill"]' "${@:3}"
+    --set pretrain.tokens=1_000_000 --set 'run.methods=["bitdistill"]' "${@:4}"
 }
 
 main() {
@@ -36,6 +41,17 @@ main() {
 stages() {
   screen stages "Stages and losses: what each adds (the paper's tables 5 and 6)" --seeds 3 --set \
     'run.methods=["bitnet_sft", "bitdistill:no_pretrain+no_distill", "bitdistill:no_distill", "bitdistill:no_pretrain", "bitdistill:no_relation_kd", "bitdistill:no_logits_kd", "bitdistill"]'
+}
+
+presets() {
+  screen presets "The paper's losses and those of its authors' code" \
+    --point "" \
+    --point "distill.preset=paper" \
+    --point "distill.preset=authors"
+}
+
+spread() { # all other rows share one stage 2
+  screen spread "Other stages 2: what their order of the text changes" --grid pretrain.seed=0,1,2
 }
 
 relation() { # at 13 its gradient has the norm of the cross-entropy's (gradient_norms.json)
@@ -140,6 +156,19 @@ teacher() { # the larger base, fine-tuned, teaches the smaller one
     --point "distill.relation_heads=8" \
     --point "distill.relation_heads=8 distill.teacher=$larger" \
     --point "distill.relation_heads=8 distill.temperature=1 distill.teacher=$larger"
+}
+
+candidates() { # what looked best at one seed
+  screen candidates "What the screens found best, with three seeds" --seeds 3 \
+    --point "" \
+    --point "distill.relation_mask=causal" \
+    --point "refine.granularity=channel" \
+    --point "distill.relation_mask=causal refine.granularity=channel"
+}
+
+pairs() { # where BitDistill is above full precision in the main table
+  screen_of mnli pairs "Stages and losses on pairs of sentences" --seeds 3 --set \
+    'run.methods=["bitnet_sft", "bitdistill:no_distill", "bitdistill:no_pretrain", "bitdistill"]'
 }
 
 for section in "${@:-main}"; do
