@@ -7,7 +7,7 @@ Each rule learns from the recipe's own training examples:
     majority        the label that is commonest on the dev items
     words           multinomial naive Bayes, add-one smoothed, over the lower-cased words of all texts of an item
     words of TEXT   the same over one text of a pair, such as the hypothesis alone, which cannot tell how the two relate
-    overlap         the commonest label of training pairs with this share, in tenths, of the shorter text's words in both
+    overlap         the commonest label of training pairs with this share, in tenths, of its shorter text's words shared
 """
 
 import argparse
