@@ -1,6 +1,6 @@
 """What a task's labels give away to a rule that knows no language. Accuracy on the dev items, as JSON.
 
-    python benchmarks/fidelity/baselines.py recipes/fidelity/*.toml > benchmarks/fidelity/baselines.json
+    python benchmarks/fidelity/baselines.py recipes/fidelity/{mnli,qnli,sst2}.toml > benchmarks/fidelity/baselines.json
 
 Each rule learns from the recipe's own training examples:
 
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from bitdistill.data import glue
 from bitdistill.data.tasks import Example, Task, load_task
 from bitdistill.recipe import load_recipe
 
@@ -66,14 +67,11 @@ def baselines(task: Task, columns: Sequence[str]) -> dict[str, float]:
     return found
 
 
-COLUMNS = {"sst2": ("sentence",), "qnli": ("question", "sentence"), "mnli": ("premise", "hypothesis")}
+COLUMNS = {"sst2": glue.SST2.columns, "qnli": glue.QNLI.columns, "mnli": glue.MNLI.columns}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("recipes", type=Path, nargs="+")
-    results = {}
-    for path in parser.parse_args().recipes:
-        config = load_recipe(path).task
-        if config.name in COLUMNS:
-            results[config.name] = baselines(load_task(config), COLUMNS[config.name])
+    configs = [load_recipe(path).task for path in parser.parse_args().recipes]
+    results = {config.name: baselines(load_task(config), COLUMNS[config.name]) for config in configs}
     print(json.dumps(results, indent=1))

@@ -123,13 +123,16 @@ class TorchScorer:
         scores = [(0.0, False)] * len(requests)
         for batch in _length_batches(sorted(by_input, key=lambda ids: (len(ids), ids))):
             hidden = self._hidden(batch)
-            chosen = [index for ids in batch for index in by_input[ids]]
+            chosen: list[int] = []
             places: list[int] = []
+            targets: list[int] = []
             for row, ids in enumerate(batch):
-                for context, continuation in (requests[index] for index in by_input[ids]):
+                for index in by_input[ids]:
+                    context, continuation = requests[index]
                     first = row * hidden.shape[1] + len(context) - 1
+                    chosen.append(index)
                     places += range(first, first + len(continuation))
-            targets = [token for index in chosen for token in requests[index][1]]
+                    targets += continuation
             lengths = [len(requests[index][1]) for index in chosen]
             found = self._token_scores(hidden.flatten(0, 1), places, targets)
             for index, log_probs, is_greedy in zip(chosen, *(f.split(lengths) for f in found), strict=True):
@@ -153,7 +156,7 @@ class TorchScorer:
             logits = head(hidden[states[start : start + step]]).float()
             is_here = (row_of >= start) & (row_of < start + step)
             rows, tokens = row_of[is_here] - start, wanted[is_here]
-            log_probs[is_here] = (logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]).float()
+            log_probs[is_here] = logits[rows, tokens] - logits.logsumexp(dim=-1)[rows]
             is_greedy[is_here] = logits.argmax(dim=-1)[rows] == tokens
         return log_probs, is_greedy
 
