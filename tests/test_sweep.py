@@ -5,6 +5,7 @@ import json
 import statistics
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -140,6 +141,26 @@ def test_a_finished_sweep_does_nothing_and_a_killed_one_makes_what_is_missing(sw
     found, old = json.loads(lost.read_text()), json.loads(before)
     assert (found["rows"], found["steps"]) == (old["rows"], old["steps"])
     assert {path: read_run(path)["finished"] for path in steps_made(swept.folder, "*")} == made
+
+
+def test_a_run_that_another_process_leaves_is_taken_while_an_earlier_one_is_still_held(swept):
+    runs = {gamma: f"{PREFIX}gamma_relation-{gamma}_s1" for gamma in ("1.0", "10.0")}
+    records = {gamma: swept.folder / f"gamma/records/gamma/{run}.json" for gamma, run in runs.items()}
+    locks = {gamma: swept.folder / "gamma" / f"{run}.lock" for gamma, run in runs.items()}
+    assert all(lock.is_file() for lock in locks.values())
+    for record in records.values():
+        record.unlink()
+    with locked(locks["1.0"]):
+        with locked(locks["10.0"]):
+            command = [sys.executable, "-m", "bitdistill", *swept.command]
+            process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+            assert process.stderr is not None and any("waiting" in line for line in process.stderr)
+        late = time.monotonic() + 120
+        while not records["10.0"].is_file() and process.poll() is None and time.monotonic() < late:
+            time.sleep(0.1)
+        assert records["10.0"].is_file() and not records["1.0"].is_file()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and records["1.0"].is_file(), err
 
 
 def test_a_record_of_another_recipe_is_not_taken_for_this_one(swept, cli):

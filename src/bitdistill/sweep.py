@@ -9,6 +9,7 @@ import itertools
 import json
 import logging
 import re
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 LONGEST_NAME = 100
 """Characters of a point's name; a longer one ends in a digest."""
+SECONDS_BETWEEN_LOOKS = 2.0
+"""How often a sweep that waits for other processes looks for a run that one of them ended or left."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,16 +120,22 @@ class Sweep:
         """
         on_main_process(self._check_records)
         found: dict[str, dict[str, Any]] = {}
-        # First what nobody works on, then what other processes began: it will be there, or left to do.
-        for wait in (False, True):
+        waiting = False
+        while len(found) < len(self.runs):
+            before = len(found)
             for number, (point, recipe) in enumerate(self.runs, start=1):
                 if recipe.name in found or not self._is_ready(point):
                     continue
-                logger.info("%s, run %d of %d: %s", self.study, number, len(self.runs), recipe.name)
                 lock = Path(recipe.output_dir) / f"{recipe.name}.lock"
                 with ExitStack() as held:
-                    if from_main_process(lambda: held.enter_context(locked(lock, wait=wait))):  # noqa: B023
+                    if from_main_process(lambda: held.enter_context(locked(lock, wait=False))):  # noqa: B023
+                        logger.info("%s, run %d of %d: %s", self.study, number, len(self.runs), recipe.name)
                         found[recipe.name] = self._record(point, recipe)
+            if len(found) == before:  # others have begun what is left, or choose its learning rates
+                if not waiting:
+                    logger.info("%s: waiting for runs that other processes have begun", self.study)
+                waiting = True
+                time.sleep(SECONDS_BETWEEN_LOOKS)
         return found
 
     def _check_records(self) -> None:
