@@ -147,9 +147,9 @@ ideas() { # beyond the papers; those that change stage 2 have one of their own
     --point "distill.quant_warmup_ratio=0.3"
 }
 
-teacher() { # the larger base, fine-tuned, teaches the smaller one
+teacher() { # the larger base, fine-tuned at the rate that suits it in the main table, teaches the smaller one
   study sst2 larger-teacher "The larger teacher" --set model.source="$large" --set run.judged_on=validation \
-    --set run.learning_rates=[] --set sft.learning_rate=6e-4 --set 'run.methods=["fp16_sft"]'
+    --set run.learning_rates=[] --set sft.learning_rate=2e-4 --set 'run.methods=["fp16_sft"]'
   local larger=runs/fidelity/larger-teacher/sst2_qwen3_5m_as-it-is_s0/fp16_sft
   screen teacher "A larger teacher" \
     --point "" \
