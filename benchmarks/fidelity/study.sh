@@ -147,15 +147,20 @@ ideas() { # beyond the papers; those that change stage 2 have one of their own
     --point "distill.quant_warmup_ratio=0.3"
 }
 
-teacher() { # the larger base, fine-tuned at the rate that suits it in the main table, teaches the smaller one
-  study sst2 larger-teacher "The larger teacher" --set model.source="$large" --set run.judged_on=validation \
-    --set run.learning_rates=[] --set sft.learning_rate=2e-4 --set 'run.methods=["fp16_sft"]'
-  local larger=runs/fidelity/larger-teacher/sst2_qwen3_5m_as-it-is_s0/fp16_sft
-  screen teacher "A larger teacher" \
+teacher() { # one that is better because it is larger (at its rate of the main table), one because it was trained for longer
+  taught larger "A larger teacher" "$large" 2e-4
+  taught longer "A teacher of two epochs" "$small" 6e-4
+}
+
+taught() { # NAME TITLE BASE RATE
+  study sst2 "$1-teacher" "$2" --set model.source="$3" --set run.judged_on=validation --set run.learning_rates=[] \
+    --set sft.learning_rate="$4" --set 'run.methods=["fp16_sft"]'
+  local teacher="runs/fidelity/$1-teacher/sst2_$(basename "$3")_as-it-is_s0/fp16_sft"
+  screen "taught-by-$1" "$2, and its students" --seeds 3 \
     --point "" \
     --point "distill.relation_heads=8" \
-    --point "distill.relation_heads=8 distill.teacher=$larger" \
-    --point "distill.relation_heads=8 distill.temperature=1 distill.teacher=$larger"
+    --point "distill.relation_heads=8 distill.teacher=$teacher" \
+    --point "distill.relation_heads=8 distill.temperature=1 distill.teacher=$teacher"
 }
 
 candidates() { # what looked best at one seed
